@@ -1,0 +1,1 @@
+"""How bytes move. One contract (:mod:`.base`), one module per way of moving them."""

@@ -1,0 +1,132 @@
+"""The contract between :class:`~moe_ep_plugin.EpBuffer` and whatever moves the bytes.
+
+The buffer validates arguments and serialises calls; a backend may rely on both. Every operation is
+collective: all ranks of the group call the same ones in the same order. A backend raises the package's
+own errors, and raises :class:`~moe_ep_plugin.CapacityError` for an operation on all ranks or on none.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..config import EpConfig
+    from ..handle import DispatchHandle
+    from ..routing import ExpertPlacement
+    from ..types import CombineOutput, DispatchOutput, Layout, Wire
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchRequest:
+    """Validated arguments of a dispatch; tensors are contiguous and on the buffer's device.
+
+    Attributes:
+        x: [num_tokens, hidden] rows, or float8_e4m3fn rows where ``scale`` is given.
+        scale: fp32 [num_tokens, ceil(hidden / 128)] for rows that are quantised already, else None.
+        topk_idx: int64 [num_tokens, num_topk], None where ``handle`` is given. Ids are not yet checked.
+        topk_weights: fp32 [num_tokens, num_topk] or None.
+        layout: Layout of the rows to receive.
+        handle: Routing to reuse, or None.
+        max_recv_tokens: Fixed row count, or None for exact sizes.
+        wire: How rows cross: unquantised or FP8.
+    """
+
+    x: torch.Tensor
+    scale: torch.Tensor | None
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    layout: Layout
+    handle: DispatchHandle | None
+    max_recv_tokens: int | None
+    wire: Wire
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombineRequest:
+    """Validated arguments of a combine; tensors are contiguous and on the buffer's device.
+
+    Attributes:
+        rows: [handle.num_rows, hidden].
+        handle: The dispatch to reverse.
+        row_weights: fp32 [handle.num_rows] factors (layout ``"expert"`` only), or None for a plain sum.
+        row_values: fp32 values that travel back to the tokens: [num_rows] in layout ``"expert"``,
+            [num_rows, num_topk] in layout ``"rank"``. None if none do.
+    """
+
+    rows: torch.Tensor
+    handle: DispatchHandle
+    row_weights: torch.Tensor | None
+    row_values: torch.Tensor | None
+
+
+@dataclass
+class BufferStats:
+    """Running totals of one buffer, for reports and tests.
+
+    Attributes:
+        operations: Dispatches and combines done.
+        bytes_to_peers: Payload bytes (rows, scales, weights, ids) that crossed between this rank and
+            others on its initiative: sent in a dispatch, fetched or sent in a combine.
+        dispatch_seconds, combine_seconds: Time the calling thread spent in each.
+        copied_out: Dispatches whose rows were copied out of the heap because the pool was used up.
+        staged: Combines whose rows had to be copied into the heap first.
+    """
+
+    operations: int = 0
+    bytes_to_peers: int = 0
+    dispatch_seconds: float = 0.0
+    combine_seconds: float = 0.0
+    copied_out: int = 0
+    staged: int = 0
+
+
+@dataclass(frozen=True)
+class BackendContext:
+    """What a backend is made from.
+
+    Attributes:
+        group: Bootstrap process group; None for a group of one process without torch.distributed.
+        rank, num_ranks: This process within the group.
+        config: The buffer's settings, known to be equal on all ranks.
+        placement: Expert to rank map.
+        buffer_id: Goes into every handle.
+        stats: The totals that the backend keeps up.
+    """
+
+    group: torch.distributed.ProcessGroup | None
+    rank: int
+    num_ranks: int
+    config: EpConfig
+    placement: ExpertPlacement
+    buffer_id: int
+    stats: BufferStats = field(default_factory=BufferStats)
+
+
+class Backend(ABC):
+    """Moves rows for one buffer."""
+
+    name: str
+
+    @abstractmethod
+    def dispatch(self, request: DispatchRequest) -> DispatchOutput:
+        """Send rows to the ranks of their experts and return what this rank received."""
+
+    @abstractmethod
+    def combine(self, request: CombineRequest) -> CombineOutput:
+        """Bring rows back to their tokens and sum them.
+
+        The sum of a token is taken in fp32 in one order: ranks ascending; within a rank, top-k
+        positions ascending, into a partial sum of its own; every product rounded before it is added.
+        """
+
+    @abstractmethod
+    def empty_rows(self, handle: DispatchHandle, dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised [handle.num_rows, hidden] that a combine can read without a copy, if any can."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what the backend holds. Called once. Tensors handed out stay valid."""

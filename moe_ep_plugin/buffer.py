@@ -1,0 +1,409 @@
+"""The kernel user's view: dispatch and combine over one expert-parallel group."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+
+from .backends.base import BackendContext, BufferStats, CombineRequest, DispatchRequest
+from .backends.select import make_backend
+from .bootstrap import check_agreement, exchange, group_rank_and_size
+from .config import SUPPORTED_DTYPES, EpConfig
+from .errors import CapacityError, ConfigError, EpError, StateError
+from .handle import DispatchHandle
+from .routing import ExpertPlacement
+from .types import CombineOutput, DispatchOutput, Event, Layout, Wire
+from .wire import FP8_DTYPE, num_scales
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+logger = logging.getLogger("moe_ep_plugin")
+_ids = itertools.count(1)
+
+
+class EpBuffer:
+    """Dispatch and combine for one group of ranks that share one set of experts.
+
+    Making a buffer, every operation on it and closing it are collective: all ranks do the same, in the
+    same order. One operation runs at a time. Use it as a context manager, or call :meth:`close`.
+
+    Args:
+        group: Process group, used to exchange addresses (and by backend ``"collective"``, to move
+            rows). None: the default group, or this process alone without torch.distributed.
+        config: Settings, equal on every rank.
+
+    Raises:
+        PeerMismatch: Ranks have different settings.
+        BackendUnavailable: The backend asked for can't run here.
+        PeerTimeout: Not every rank made the buffer within ``config.timeout_s``.
+    """
+
+    def __init__(self, group: ProcessGroup | None, config: EpConfig) -> None:
+        if not isinstance(config, EpConfig):
+            raise ConfigError.of("config", type(config).__name__, "an EpConfig is needed", "pass EpConfig(...)")
+        self.config = config
+        self.rank, self.num_ranks = group_rank_and_size(group)
+        fields = exchange(group, self.num_ranks, config.agreed_fields(), config.timeout_s, "the start of EpBuffer")
+        check_agreement(fields)
+        self.placement = ExpertPlacement.make(config.num_experts, self.num_ranks, config.expert_to_rank)
+        self.stats = BufferStats()
+        self._id = next(_ids)
+        self._lock = threading.Lock()
+        self._failure: str | None = None
+        self._closed = False
+        context = BackendContext(
+            group=group,
+            rank=self.rank,
+            num_ranks=self.num_ranks,
+            config=config,
+            placement=self.placement,
+            buffer_id=self._id,
+            stats=self.stats,
+        )
+        self._backend = make_backend(context)
+        self._finalizer = weakref.finalize(self, self._backend.close)
+        if self.rank == 0:
+            logger.info("moe_ep_plugin: %d ranks use backend %r", self.num_ranks, self._backend.name)
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend in use."""
+        return self._backend.name
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts stored on this rank; may be 0."""
+        return len(self.placement.experts_of_rank[self.rank])
+
+    def dispatch(
+        self,
+        x: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        layout: Layout = "expert",
+        handle: DispatchHandle | None = None,
+        max_recv_tokens: int | None = None,
+        wire: Wire | None = None,
+        async_op: bool = False,
+        previous_event: Event | None = None,
+    ) -> DispatchOutput:
+        """Send every token's row to the ranks that hold its experts.
+
+        Args:
+            x: [num_tokens, hidden] fp32, bf16 or fp16, or ``(q, scale)``: float8_e4m3fn rows with fp32
+                [num_tokens, ceil(hidden / 128)] factors. num_tokens may be 0 and differ between ranks.
+            topk_idx: int64 [num_tokens, num_topk] expert ids, -1 for none; an expert may appear twice in
+                a row. Leave out with ``handle``.
+            topk_weights: fp32 [num_tokens, num_topk], carried to the experts' side.
+            layout: ``"expert"`` groups the received rows by local expert, ``"rank"`` keeps one row per
+                (source rank, token).
+            handle: Reuse the routing of an earlier dispatch: no counting. ``layout`` is the handle's.
+            max_recv_tokens: Fixed number of rows to return, so that no size depends on the routing.
+            wire: Overrides ``config.wire`` for this call.
+            async_op: Return without waiting for completion where the backend can (the CPU backends and
+                ``"collective"`` complete the call first); wait on ``event``.
+            previous_event: Waited on before anything is read.
+
+        Returns:
+            The received rows; see :class:`DispatchOutput` for shapes.
+
+        Raises:
+            ConfigError: An argument is unfit; nothing was sent.
+            CapacityError: Rows exceed ``max_recv_tokens`` or memory; raised on all ranks.
+            PeerTimeout, PeerLost, PeerMismatch: A peer failed; the buffer can only be closed then.
+            StateError: The buffer is closed, has failed, or is in another operation.
+        """
+        with self._operation("dispatch"):
+            started = time.perf_counter()
+            request = self._dispatch_request(x, topk_idx, topk_weights, layout, handle, max_recv_tokens, wire)
+            if previous_event is not None:
+                previous_event.wait()
+            out = self._backend.dispatch(request)
+            self.stats.dispatch_seconds += time.perf_counter() - started
+            return out
+
+    @overload
+    def combine(
+        self,
+        rows: torch.Tensor,
+        handle: DispatchHandle,
+        *,
+        topk_weights: torch.Tensor | None = None,
+        async_op: Literal[False] = False,
+        previous_event: Event | None = None,
+    ) -> torch.Tensor: ...
+
+    @overload
+    def combine(
+        self,
+        rows: torch.Tensor,
+        handle: DispatchHandle,
+        *,
+        topk_weights: torch.Tensor | None = None,
+        async_op: Literal[True],
+        previous_event: Event | None = None,
+    ) -> CombineOutput: ...
+
+    def combine(
+        self,
+        rows: torch.Tensor,
+        handle: DispatchHandle,
+        *,
+        topk_weights: torch.Tensor | None = None,
+        async_op: bool = False,
+        previous_event: Event | None = None,
+    ) -> torch.Tensor | CombineOutput:
+        """Bring rows back to their tokens and sum them in fp32, in one fixed order.
+
+        ``rows`` may be written again once this returns (once ``event`` completed, with ``async_op``).
+
+        Args:
+            rows: [handle.num_rows, hidden] in the order that the dispatch returned. Rows made by
+                :meth:`empty_rows` are read in place; others cost one copy. Padding rows are ignored.
+            handle: The dispatch to reverse.
+            topk_weights: fp32 [handle.num_rows] factors of the rows, as received beside them. Layout
+                ``"expert"`` only; without it the sum is plain.
+            async_op, previous_event: As in :meth:`dispatch`.
+
+        Returns:
+            [num_tokens, hidden] of the dtype of ``rows``; zeros for a token without experts. With
+            ``async_op=True`` a :class:`CombineOutput`.
+
+        Raises:
+            As :meth:`dispatch`.
+        """
+        out = self.combine_with_values(rows, handle, topk_weights=topk_weights, previous_event=previous_event)
+        return out if async_op else out.x
+
+    def combine_with_values(
+        self,
+        rows: torch.Tensor,
+        handle: DispatchHandle,
+        *,
+        topk_weights: torch.Tensor | None = None,
+        row_values: torch.Tensor | None = None,
+        previous_event: Event | None = None,
+    ) -> CombineOutput:
+        """Combine, and return one fp32 value per (token, top-k position) beside the sums.
+
+        The values travel the way ``topk_weights`` came, backwards: this is what carries their gradients.
+
+        Args:
+            rows, handle, topk_weights, previous_event: As in :meth:`combine`.
+            row_values: fp32 [handle.num_rows] in layout ``"expert"``, [handle.num_rows, num_topk] in
+                layout ``"rank"``, where values for experts of other ranks are ignored.
+
+        Returns:
+            Sums, and values [num_tokens, num_topk] (0 where ``topk_idx`` was -1).
+        """
+        with self._operation("combine"):
+            started = time.perf_counter()
+            request = self._combine_request(rows, handle, topk_weights, row_values)
+            if previous_event is not None:
+                previous_event.wait()
+            out = self._backend.combine(request)
+            self.stats.combine_seconds += time.perf_counter() - started
+            return out
+
+    def empty_rows(self, handle: DispatchHandle, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Uninitialised [handle.num_rows, hidden] that :meth:`combine` reads without a copy.
+
+        Let the last expert layer write its output here. Not collective. ``dtype`` defaults to
+        ``config.dtype``. Falls back to ordinary memory when the pool is used up.
+        """
+        self._check_open("empty_rows")
+        self._check_handle(handle)
+        dtype = self.config.dtype if dtype is None else dtype
+        self._check_dtype("dtype", dtype)
+        return self._backend.empty_rows(handle, dtype)
+
+    def close(self) -> None:
+        """Give the heap back; idempotent, and waits for no peer. Tensors handed out stay valid."""
+        self._closed = True
+        self._finalizer()
+
+    def __enter__(self) -> EpBuffer:
+        return self
+
+    def __exit__(self, *exc: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    # Validation
+
+    def _check_open(self, what: str) -> None:
+        if self._closed:
+            raise StateError(f"{what} was called on a closed EpBuffer; make a new one")
+        if self._failure is not None:
+            raise StateError(
+                f"{what} was called on an EpBuffer that has failed ({self._failure}); close it and make a new one"
+            )
+
+    @contextmanager
+    def _operation(self, what: str) -> Iterator[None]:
+        self._check_open(what)
+        if not self._lock.acquire(blocking=False):
+            raise StateError(
+                f"{what} was called while another operation of this EpBuffer is in flight; "
+                "wait for it, or use one buffer per thread"
+            )
+        try:
+            yield
+            self.stats.operations += 1
+        except (ConfigError, CapacityError, StateError):
+            raise
+        except EpError as error:
+            self._failure = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self._lock.release()
+
+    def _check_handle(self, handle: DispatchHandle) -> None:
+        if not isinstance(handle, DispatchHandle):
+            raise ConfigError.of(
+                "handle", type(handle).__name__, "a DispatchHandle is needed", "pass the handle of a dispatch"
+            )
+        if handle.buffer_id != self._id:
+            raise ConfigError.of("handle", "of another EpBuffer", "routing belongs to its buffer", "use its own buffer")
+
+    def _check_dtype(self, name: str, dtype: torch.dtype) -> None:
+        if dtype not in SUPPORTED_DTYPES:
+            raise ConfigError.of(name, dtype, f"rows must be one of {SUPPORTED_DTYPES}", "cast the tensor")
+        if dtype.itemsize > self.config.dtype.itemsize:
+            raise ConfigError.of(
+                name,
+                dtype,
+                f"the heap is sized for elements of {self.config.dtype}",
+                f"build the EpBuffer with EpConfig(dtype={dtype})",
+            )
+        self.config.check_row_bytes(dtype)
+
+    def _check_tensor(
+        self, name: str, tensor: Any, shape: tuple[int | None, ...], dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        if not isinstance(tensor, torch.Tensor):
+            raise ConfigError.of(name, type(tensor).__name__, "a tensor is needed", "pass a torch.Tensor")
+        if tensor.device.type != self.config.device_type:
+            raise ConfigError.of(
+                f"{name}.device",
+                tensor.device,
+                f"the buffer works on {self.config.device_type!r}",
+                "move the tensor, or set EpConfig(device=...)",
+            )
+        fits = tensor.dim() == len(shape) and all(
+            want in (None, have) for want, have in zip(shape, tensor.shape, strict=True)
+        )
+        if not fits:
+            wanted = "[" + ", ".join("any" if s is None else str(s) for s in shape) + "]"
+            raise ConfigError.of(f"{name}.shape", list(tensor.shape), f"{wanted} is needed", "reshape it")
+        if dtype is not None and tensor.dtype != dtype:
+            raise ConfigError.of(f"{name}.dtype", tensor.dtype, f"{dtype} is needed", f"use {name}.to({dtype})")
+        return tensor.detach().contiguous()
+
+    def _dispatch_request(
+        self,
+        x: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        topk_idx: torch.Tensor | None,
+        topk_weights: torch.Tensor | None,
+        layout: Layout,
+        handle: DispatchHandle | None,
+        max_recv_tokens: int | None,
+        wire: Wire | None,
+    ) -> DispatchRequest:
+        config = self.config
+        if layout not in ("expert", "rank"):
+            raise ConfigError.of("layout", repr(layout), "it must be 'expert' or 'rank'", "choose one of these")
+        wire = config.wire if wire is None else wire
+        if wire not in ("bf16", "fp8"):
+            raise ConfigError.of("wire", repr(wire), "it must be 'bf16' or 'fp8'", "choose one of these")
+        scale = None
+        if isinstance(x, tuple):
+            rows = self._check_tensor("x[0]", x[0], (None, config.hidden), FP8_DTYPE)
+            scale = self._check_tensor("x[1]", x[1], (rows.shape[0], num_scales(config.hidden)), torch.float32)
+            wire = "fp8"
+        else:
+            rows = self._check_tensor("x", x, (None, config.hidden))
+            self._check_dtype("x.dtype", rows.dtype)
+        num_tokens = rows.shape[0]
+        if handle is not None:
+            self._check_handle(handle)
+            if topk_idx is not None:
+                raise ConfigError.of("topk_idx", "given", "handle carries the routing already", "pass one of the two")
+            if num_tokens != handle.num_tokens:
+                raise ConfigError.of(
+                    "x.shape[0]", num_tokens, f"handle routes {handle.num_tokens} tokens", "dispatch the same tokens"
+                )
+            if max_recv_tokens not in (None, handle.max_recv_tokens):
+                raise ConfigError.of(
+                    "max_recv_tokens", max_recv_tokens, f"handle has {handle.max_recv_tokens}", "leave it out"
+                )
+            layout, max_recv_tokens, num_topk = handle.layout, handle.max_recv_tokens, handle.num_topk
+        else:
+            if topk_idx is None:
+                raise ConfigError.of("topk_idx", None, "routing is needed", "pass topk_idx or handle")
+            if num_tokens > config.max_tokens_per_rank:
+                raise ConfigError.of(
+                    "x.shape[0]",
+                    num_tokens,
+                    f"max_tokens_per_rank is {config.max_tokens_per_rank}",
+                    f"build the EpBuffer with max_tokens_per_rank >= {num_tokens}",
+                )
+            topk_idx = self._check_tensor("topk_idx", topk_idx, (num_tokens, None), torch.int64)
+            num_topk = topk_idx.shape[1]
+            if not 1 <= num_topk <= config.num_topk:
+                raise ConfigError.of(
+                    "topk_idx.shape[1]",
+                    num_topk,
+                    f"config.num_topk is {config.num_topk}",
+                    "raise EpConfig.num_topk, or drop columns",
+                )
+        if topk_weights is not None:
+            topk_weights = self._check_tensor("topk_weights", topk_weights, (num_tokens, num_topk), torch.float32)
+        if max_recv_tokens is not None and (not isinstance(max_recv_tokens, int) or max_recv_tokens < 0):
+            raise ConfigError.of(
+                "max_recv_tokens", repr(max_recv_tokens), "it must be None or a whole number >= 0", "leave it out"
+            )
+        return DispatchRequest(
+            x=rows,
+            scale=scale,
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+            layout=layout,
+            handle=handle,
+            max_recv_tokens=max_recv_tokens,
+            wire=wire,
+        )
+
+    def _combine_request(
+        self,
+        rows: torch.Tensor,
+        handle: DispatchHandle,
+        row_weights: torch.Tensor | None,
+        row_values: torch.Tensor | None,
+    ) -> CombineRequest:
+        self._check_handle(handle)
+        rows = self._check_tensor("rows", rows, (handle.num_rows, self.config.hidden))
+        self._check_dtype("rows.dtype", rows.dtype)
+        if row_weights is not None:
+            if handle.layout == "rank":
+                raise ConfigError.of(
+                    "topk_weights",
+                    "given",
+                    "rows of layout 'rank' are summed over local experts already",
+                    "apply the weights before combine",
+                )
+            row_weights = self._check_tensor("topk_weights", row_weights, (handle.num_rows,), torch.float32)
+        if row_values is not None:
+            shape = (handle.num_rows,) if handle.layout == "expert" else (handle.num_rows, handle.num_topk)
+            row_values = self._check_tensor("row_values", row_values, shape, torch.float32)
+        return CombineRequest(rows=rows, handle=handle, row_weights=row_weights, row_values=row_values)

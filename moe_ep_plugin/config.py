@@ -1,0 +1,157 @@
+"""The settings of a buffer: frozen, validated when made, equal on every rank of the group."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, get_args
+
+import torch
+
+from .errors import ConfigError
+from .types import BackendName, Expand, Wire
+
+if TYPE_CHECKING:
+    from .memory import MemoryPlan
+
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_TOPK = 32
+ROW_ALIGNMENT_BYTES = 16
+
+
+def _require(ok: bool, argument: str, value: object, limit: str, remedy: str) -> None:
+    if not ok:
+        raise ConfigError.of(argument, value, limit, remedy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpConfig:
+    """Everything about an expert-parallel buffer that its ranks must agree on.
+
+    Attributes:
+        num_experts: Experts in the whole group, at least 1. May be fewer than ranks and need not divide
+            evenly.
+        num_topk: Most experts that a token may be sent to: columns of ``topk_idx``, 1 to 32.
+        hidden: Elements in a row; ``hidden`` times the element size must be a multiple of 16 bytes.
+        max_tokens_per_rank: Most tokens that a rank passes to one dispatch; sizes the heap.
+        dtype: Widest element type that rows will have; sizes the heap.
+        backend: ``"auto"`` takes the first that can run of cuda, host, collective, and logs why the
+            earlier ones could not.
+        device: ``"cpu"`` or ``"cuda"``: where the tensors live. None: CUDA if there is a device.
+        wire: ``"bf16"``: rows cross unquantised, in their own dtype (fp16 and fp32 rows too).
+            ``"fp8"``: e4m3 in blocks of 128 along hidden, quantised while sending.
+        power_of_two_scales: FP8 scales rounded up to powers of two.
+        expert_alignment: Rows of each local expert are padded to a multiple of this in layout
+            ``"expert"``.
+        expert_to_rank: The rank of every expert. None: contiguous, as even as possible.
+        expand: How layout ``"expert"`` is made: ``"direct"`` writes every copy from the sender,
+            ``"two_stage"`` sends a token once per rank and fans it out there; ``"auto"`` lets a cost
+            model choose.
+        num_sms: SMs that communication kernels may use. None: from a measured model. Not used on CPUs.
+        host_threads: Copy threads a rank uses on the host backend. None: cores divided by ranks.
+        pool_bytes: Most bytes of the heap for leased rows. None: see :meth:`memory_plan`. When it is
+            used up, received rows are copied out of the heap instead, and that is counted and logged.
+        timeout_s: Longest wait for a peer, in seconds.
+    """
+
+    num_experts: int
+    num_topk: int
+    hidden: int
+    max_tokens_per_rank: int
+    dtype: torch.dtype = torch.bfloat16
+    backend: BackendName = "auto"
+    device: str | None = None
+    wire: Wire = "bf16"
+    power_of_two_scales: bool = False
+    expert_alignment: int = 1
+    expert_to_rank: tuple[int, ...] | None = None
+    expand: Expand = "auto"
+    num_sms: int | None = None
+    host_threads: int | None = None
+    pool_bytes: int | None = None
+    timeout_s: float = 100.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "num_topk", "hidden", "max_tokens_per_rank", "expert_alignment"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            _require(whole and value >= 1, name, repr(value), "it must be a whole number of at least 1", f"set {name} >= 1")
+        for name in ("num_sms", "host_threads", "pool_bytes"):
+            value = getattr(self, name)
+            _require(
+                value is None or (isinstance(value, int) and value >= 1),
+                name,
+                repr(value),
+                "it must be None or a whole number of at least 1",
+                f"leave {name} out to have it chosen",
+            )
+        for name, kind in (("backend", BackendName), ("wire", Wire), ("expand", Expand)):
+            value = getattr(self, name)
+            _require(
+                value in get_args(kind), name, repr(value), f"it must be one of {get_args(kind)}", "choose one of these"
+            )
+        _require(
+            self.num_topk <= MAX_TOPK, "num_topk", self.num_topk, f"at most {MAX_TOPK} are supported", "lower num_topk"
+        )
+        _require(
+            self.dtype in SUPPORTED_DTYPES,
+            "dtype",
+            self.dtype,
+            f"rows must be one of {SUPPORTED_DTYPES}",
+            "set dtype to the widest of these that you dispatch",
+        )
+        self.check_row_bytes(self.dtype)
+        _require(
+            self.device is None or torch.device(self.device).type in ("cpu", "cuda"),
+            "device",
+            repr(self.device),
+            "rows live on 'cpu' or 'cuda'",
+            "choose one of these, or leave it out",
+        )
+        _require(
+            isinstance(self.timeout_s, (int, float)) and math.isfinite(self.timeout_s) and self.timeout_s > 0,
+            "timeout_s",
+            repr(self.timeout_s),
+            "it must be a positive, finite number of seconds",
+            "use a large value such as 3600 if waits are long",
+        )
+        if self.expert_to_rank is not None:
+            object.__setattr__(self, "expert_to_rank", tuple(int(r) for r in self.expert_to_rank))
+            _require(
+                len(self.expert_to_rank) == self.num_experts,
+                "expert_to_rank",
+                f"{len(self.expert_to_rank)} entries long",
+                f"num_experts is {self.num_experts}",
+                "give one rank for every expert",
+            )
+
+    def check_row_bytes(self, dtype: torch.dtype) -> None:
+        """Raise ConfigError unless a row of ``dtype`` is a multiple of 16 bytes."""
+        row_bytes = self.hidden * dtype.itemsize
+        _require(
+            row_bytes % ROW_ALIGNMENT_BYTES == 0,
+            "hidden",
+            f"{self.hidden} ({row_bytes} bytes of {dtype})",
+            f"a row must be a multiple of {ROW_ALIGNMENT_BYTES} bytes",
+            f"pad hidden to a multiple of {ROW_ALIGNMENT_BYTES // dtype.itemsize}",
+        )
+
+    @property
+    def device_type(self) -> str:
+        """``"cpu"`` or ``"cuda"``, chosen by what the machine has where ``device`` is None."""
+        if self.device is not None:
+            return torch.device(self.device).type
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def agreed_fields(self) -> dict[str, str]:
+        """The settings that every rank must have set alike, as text, for the check at start-up."""
+        own = {"host_threads", "num_sms", "device"}
+        return {f.name: str(getattr(self, f.name)) for f in fields(self) if f.name not in own} | {
+            "device": self.device_type
+        }
+
+    def memory_plan(self, num_ranks: int) -> MemoryPlan:
+        """Bytes of the symmetric heap that one rank of ``num_ranks`` reserves, by purpose."""
+        from .memory import plan
+
+        return plan(self, num_ranks)

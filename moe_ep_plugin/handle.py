@@ -1,0 +1,41 @@
+"""The routing state that links a dispatch to its combine and to both their backwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from .types import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class DispatchHandle:
+    """Frozen routing state of one dispatch. It holds no rows, so keeping it is cheap.
+
+    Attributes:
+        layout: Layout of the received rows.
+        num_tokens: Tokens that this rank sent.
+        num_topk: Columns of the ``topk_idx`` that was dispatched.
+        num_rows: Rows that this rank received, in ``layout``: padding included for ``"expert"``; the
+            fixed size where ``max_recv_tokens`` was given.
+        num_received: Rows among ``num_rows`` that carry a token (the others are padding).
+        tokens_per_expert: int64 [num_local_experts], CPU: received rows per local expert, no padding.
+        max_recv_tokens: The fixed row count asked for, or None.
+        has_weights: Whether ``topk_weights`` travelled with the rows.
+        buffer_id: Identifies the buffer that made the handle; another buffer refuses it.
+        state: The backend's own routing tables.
+    """
+
+    layout: Layout
+    num_tokens: int
+    num_topk: int
+    num_rows: int
+    num_received: int
+    tokens_per_expert: torch.Tensor
+    max_recv_tokens: int | None
+    has_weights: bool
+    buffer_id: int
+    state: Any = field(repr=False)

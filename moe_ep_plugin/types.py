@@ -1,0 +1,93 @@
+"""The named results and the small enumerations that pass between a caller, a buffer and a backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from .handle import DispatchHandle
+
+Layout = Literal["expert", "rank"]
+BackendName = Literal["auto", "cuda", "host", "collective"]
+Wire = Literal["bf16", "fp8"]
+Expand = Literal["auto", "direct", "two_stage"]
+
+FP8_BLOCK = 128
+"""Elements along hidden that share one dequantisation scale on the FP8 wire."""
+
+
+class Event(Protocol):
+    """What an operation can be waited on by: ``torch.cuda.Event`` on GPUs, :class:`DoneEvent` on CPUs."""
+
+    def wait(self, *args: object) -> None:
+        """Make the caller (a stream on GPUs) wait for the operation."""
+
+    def query(self) -> bool:
+        """Whether the operation has completed."""
+        ...
+
+    def synchronize(self) -> None:
+        """Block the calling thread until the operation has completed."""
+
+
+class DoneEvent:
+    """The event of an operation that had completed when its call returned, as on the CPU backends."""
+
+    def wait(self, *args: object) -> None:
+        """Return at once."""
+
+    def query(self) -> bool:
+        """Return True."""
+        return True
+
+    def synchronize(self) -> None:
+        """Return at once."""
+
+
+@dataclass(frozen=True)
+class DispatchOutput:
+    """What :meth:`EpBuffer.dispatch` received.
+
+    Attributes:
+        x: Rows. Layout ``"expert"``: [num_rows, hidden], grouped by local expert, each group padded
+            with zero rows to a multiple of ``expert_alignment``; within a group in (source rank, token,
+            top-k position) order. Layout ``"rank"``: [num_recv_tokens, hidden], one row per (source
+            rank, token), in that order. dtype of the input, or ``torch.float8_e4m3fn`` on the FP8 wire.
+            With ``max_recv_tokens=n`` there are exactly n rows and those past the received ones are zero.
+        scale: fp32 [rows, ceil(hidden / 128)] dequantisation factors on the FP8 wire, otherwise None.
+        topk_idx: Layout ``"rank"``: int64 [num_recv_tokens, num_topk] local expert ids, -1 where the
+            expert lives elsewhere (and in the rows past the received ones). None in layout ``"expert"``.
+        topk_weights: fp32, 0 where there is no local expert: [num_rows] in layout ``"expert"``,
+            [num_recv_tokens, num_topk] in layout ``"rank"``. None if no weights were sent.
+        tokens_per_expert: int64 [num_local_experts] on the CPU for the CPU backends: rows per local
+            expert, padding included in layout ``"expert"``.
+        handle: Routing state; give it to ``combine`` and to later ``dispatch`` calls.
+        event: Completion of the operation.
+    """
+
+    x: torch.Tensor
+    scale: torch.Tensor | None
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    tokens_per_expert: torch.Tensor
+    handle: DispatchHandle
+    event: Event
+
+
+@dataclass(frozen=True)
+class CombineOutput:
+    """What a combine brought back.
+
+    Attributes:
+        x: [num_tokens, hidden] sums, dtype of the rows given.
+        row_values: fp32 [num_tokens, num_topk]: the values that travelled back beside the rows (see
+            :meth:`EpBuffer.combine_with_values`), 0 where ``topk_idx`` was -1. None if none were given.
+        event: Completion of the operation.
+    """
+
+    x: torch.Tensor
+    row_values: torch.Tensor | None
+    event: Event
