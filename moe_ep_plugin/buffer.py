@@ -18,7 +18,7 @@ from .backends.base import BackendContext, BufferStats, CombineRequest, Dispatch
 from .backends.select import make_backend
 from .bootstrap import check_agreement, exchange, group_rank_and_size
 from .config import SUPPORTED_DTYPES, EpConfig
-from .errors import CapacityError, ConfigError, EpError, StateError
+from .errors import CapacityError, ConfigError, StateError
 from .handle import DispatchHandle
 from .routing import ExpertPlacement
 from .types import CombineOutput, DispatchOutput, Event, Layout, Wire
@@ -261,9 +261,11 @@ class EpBuffer:
             yield
             self.stats.operations += 1
         except (ConfigError, CapacityError, StateError):
+            # Nothing was begun, or all ranks gave the operation up together.
             raise
-        except EpError as error:
+        except BaseException as error:
             self._failure = f"{type(error).__name__}: {error}"
+            self._backend.abandon(self._failure)
             raise
         finally:
             self._lock.release()

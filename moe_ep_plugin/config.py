@@ -51,6 +51,7 @@ class EpConfig:
         host_threads: Copy threads a rank uses on the host backend. None: cores divided by ranks.
         pool_bytes: Most bytes of the heap for leased rows. None: see :meth:`memory_plan`. When it is
             used up, received rows are copied out of the heap instead, and that is counted and logged.
+        shm_dir: Directory of a tmpfs that the host backend takes memory from.
         timeout_s: Longest wait for a peer, in seconds.
     """
 
@@ -69,6 +70,7 @@ class EpConfig:
     num_sms: int | None = None
     host_threads: int | None = None
     pool_bytes: int | None = None
+    shm_dir: str = "/dev/shm"
     timeout_s: float = 100.0
 
     def __post_init__(self) -> None:
@@ -145,7 +147,7 @@ class EpConfig:
 
     def agreed_fields(self) -> dict[str, str]:
         """The settings that every rank must have set alike, as text, for the check at start-up."""
-        own = {"host_threads", "num_sms", "device"}
+        own = {"host_threads", "num_sms", "device", "shm_dir"}
         return {f.name: str(getattr(self, f.name)) for f in fields(self) if f.name not in own} | {
             "device": self.device_type
         }

@@ -127,6 +127,9 @@ class Backend(ABC):
     def empty_rows(self, handle: DispatchHandle, dtype: torch.dtype) -> torch.Tensor:
         """Uninitialised [handle.num_rows, hidden] that a combine can read without a copy, if any can."""
 
+    def abandon(self, reason: str) -> None:
+        """Tell peers that this rank has failed and does nothing more, where the backend can."""
+
     @abstractmethod
     def close(self) -> None:
         """Give back what the backend holds. Called once. Tensors handed out stay valid."""

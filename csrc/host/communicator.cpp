@@ -1,0 +1,116 @@
+// What dispatch and combine share: posts, agreement on them, room in the heap.
+#include "host/communicator.h"
+
+#include <cstring>
+#include <new>
+#include <utility>
+
+#include "host/errors.h"
+
+namespace moe_ep {
+namespace {
+
+struct ComparedField {
+  const char* name;
+  std::int32_t OperationPost::* field;
+};
+
+constexpr ComparedField kComparedFields[] = {
+    {"operation (0 dispatch, 1 combine)", &OperationPost::operation},
+    {"layout (0 expert, 1 rank)", &OperationPost::layout},
+    {"element type", &OperationPost::element},
+    {"bytes per row", &OperationPost::row_bytes},
+    {"scale bytes per row", &OperationPost::scale_bytes},
+    {"topk", &OperationPost::topk},
+    {"has topk_weights", &OperationPost::has_weights},
+    {"has row_values", &OperationPost::has_values},
+    {"reuses a handle", &OperationPost::reuses_handle},
+};
+
+}  // namespace
+
+Communicator::Communicator(std::shared_ptr<Pool> pool, std::unique_ptr<Peers> peers, CommunicatorOptions options)
+    : pool_(std::move(pool)),
+      peers_(std::move(peers)),
+      placement_(options.expert_to_rank, peers_->num_ranks()),
+      alignment_(options.alignment),
+      two_stage_(options.two_stage),
+      workers_(options.num_threads),
+      kernels_(kernels()) {}
+
+Block Communicator::lease(std::size_t bytes) {
+  auto lease = pool_->allocate(bytes);
+  if (lease == nullptr) return Block{};
+  std::uint8_t* data = lease->data();
+  return Block{data, bytes, std::move(lease)};
+}
+
+Block Communicator::own_memory(std::size_t bytes) const {
+  auto* data = static_cast<std::uint8_t*>(::operator new(bytes == 0 ? 1 : bytes, std::align_val_t{kCacheLine}));
+  std::shared_ptr<void> owner(data, [](void* memory) { ::operator delete(memory, std::align_val_t{kCacheLine}); });
+  return Block{data, bytes, std::move(owner)};
+}
+
+Communicator::Room Communicator::find_room(std::size_t bytes) {
+  Room room;
+  room.lease = pool_->allocate(bytes);
+  if (room.lease != nullptr) {
+    room.offset = static_cast<std::int64_t>(room.lease->offset());
+  } else if (bytes <= pool_->layout().overflow_bytes && pool_->commit_overflow(bytes) == 0) {
+    room.offset = static_cast<std::int64_t>(pool_->layout().overflow());
+  }
+  return room;
+}
+
+void Communicator::publish(const OperationPost& post, const Counts* counts) {
+  for (int reader = 0; reader < peers_->num_ranks(); ++reader) {
+    OperationPost* slot = peers_->post(reader, sequence_, peers_->rank());
+    std::memcpy(slot, &post, sizeof(post));
+    if (counts == nullptr) continue;
+    auto* numbers = reinterpret_cast<std::int32_t*>(slot + 1);
+    std::memcpy(numbers, counts->per_expert.data(), counts->per_expert.size() * sizeof(std::int32_t));
+    std::memcpy(numbers + counts->per_expert.size(), counts->per_rank.data(),
+                counts->per_rank.size() * sizeof(std::int32_t));
+  }
+  peers_->signal_all(Step::kPost, sequence_);
+}
+
+void Communicator::compare_posts(const OperationPost& mine) const {
+  for (int source = 0; source < peers_->num_ranks(); ++source) {
+    const OperationPost* theirs = peers_->post(peers_->rank(), sequence_, source);
+    for (const ComparedField& compared : kComparedFields) {
+      if (theirs->*compared.field == mine.*compared.field) continue;
+      throw Error(ErrorKind::kMismatch,
+                  "rank " + std::to_string(source) + " differs from rank " + std::to_string(peers_->rank()) +
+                      " at operation " + std::to_string(sequence_) + ": " + compared.name + " is " +
+                      std::to_string(theirs->*compared.field) + " there and " + std::to_string(mine.*compared.field) +
+                      " here; call the same operations in the same order on every rank");
+    }
+  }
+}
+
+std::vector<Counts> Communicator::gather_counts() const {
+  const std::size_t num_experts = placement_.rank_of_expert.size();
+  const auto num_ranks = static_cast<std::size_t>(peers_->num_ranks());
+  std::vector<Counts> counts;
+  for (int source = 0; source < peers_->num_ranks(); ++source) {
+    const auto* numbers = reinterpret_cast<const std::int32_t*>(peers_->post(peers_->rank(), sequence_, source) + 1);
+    counts.push_back(Counts{{numbers, numbers + num_experts},
+                            {numbers + num_experts, numbers + num_experts + num_ranks}});
+  }
+  return counts;
+}
+
+void Communicator::no_room(int rank, const char* operation, std::size_t bytes) const {
+  std::string message = "rank " + std::to_string(rank) + " has no room for " + std::to_string(bytes) + " bytes in " +
+                        operation + " " + std::to_string(sequence_);
+  if (rank == peers_->rank()) {
+    const int failure = pool_->last_errno();
+    message += " in " + pool_->segment().directory() + ": " +
+               (failure != 0 ? std::strerror(failure) : "the pool is used up and the rows exceed the overflow region");
+  }
+  throw Error(ErrorKind::kCapacity,
+              message + "; enlarge the tmpfs or pool_bytes, dispatch fewer tokens, or use backend='collective'");
+}
+
+}  // namespace moe_ep

@@ -1,0 +1,47 @@
+// The loops over row elements, compiled once per instruction set and chosen when the library loads.
+//
+// Every variant gives the same bits: products are rounded before they are added (no fused multiply-add),
+// and conversions round to nearest even.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace moe_ep {
+
+enum class Element : std::int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat8 = 3 };
+
+constexpr std::size_t element_bytes(Element element) {
+  return element == Element::kFloat32 ? 4 : element == Element::kFloat8 ? 1 : 2;
+}
+
+constexpr std::size_t kFp8Block = 128;
+
+// One addend of a token's sum. Terms of one rank follow each other and are summed on their own first.
+struct ReduceTerm {
+  const void* row;
+  float weight;
+  bool starts_rank;
+};
+
+struct Kernels {
+  const char* name;
+  // Copies a multiple of 16 bytes; with `stream`, past the caches (call `fence` before publishing).
+  void (*copy_row)(void* destination, const void* source, std::size_t bytes, bool stream);
+  void (*fence)();
+  // out[i] = sum over ranks of (sum over the rank's terms of weight * row[i]), in fp32, in the order given.
+  void (*reduce)(Element element, const ReduceTerm* terms, std::size_t num_terms, void* out, std::size_t hidden);
+  // e4m3 with one scale per block of 128; see moe_ep_plugin/wire.py for the format.
+  void (*quantize)(Element element, const void* row, std::size_t hidden, bool power_of_two, std::uint8_t* quantized,
+                   float* scales);
+};
+
+const Kernels& baseline_kernels();
+#if defined(MOE_EP_HAVE_AVX2)
+const Kernels& avx2_kernels();
+#endif
+
+// The best variant that this processor runs.
+const Kernels& kernels();
+
+}  // namespace moe_ep

@@ -1,0 +1,212 @@
+#include "host/peers.h"
+
+#include <linux/futex.h>
+#include <poll.h>
+#include <signal.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <climits>
+#include <cstdio>
+#include <cstring>
+#include <ctime>
+#include <thread>
+#include <utility>
+
+#include "host/errors.h"
+
+namespace moe_ep {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr auto kIdlePeriod = std::chrono::milliseconds(100);
+constexpr int kSpinsWithOwnCore = 4000;
+
+const char* step_name(Step step) {
+  switch (step) {
+    case Step::kPost: return "the exchange of counts and addresses";
+    case Step::kGrant: return "the grant of a receive block";
+    case Step::kArrival: return "the arrival of rows";
+    case Step::kRead: return "the reading of rows";
+  }
+  return "an unknown step";
+}
+
+void futex_wait(std::uint32_t* word, std::uint32_t seen, std::chrono::nanoseconds longest) {
+  timespec limit{};
+  limit.tv_sec = static_cast<time_t>(longest.count() / 1000000000);
+  limit.tv_nsec = static_cast<long>(longest.count() % 1000000000);
+  syscall(SYS_futex, word, FUTEX_WAIT, seen, &limit, nullptr, 0);
+}
+
+void futex_wake(std::uint32_t* word) { syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0); }
+
+int open_pidfd(std::int64_t pid) {
+#if defined(SYS_pidfd_open)
+  return static_cast<int>(syscall(SYS_pidfd_open, static_cast<pid_t>(pid), 0));
+#else
+  (void)pid;
+  return -1;
+#endif
+}
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+std::string seconds(double value) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%.3g s", value);
+  return text;
+}
+
+}  // namespace
+
+Peers::Peers(int rank, HeapLayout layout, std::vector<std::uint8_t*> bases, std::vector<PeerProcess> processes,
+             double timeout_s, std::function<void()> on_idle)
+    : rank_(rank),
+      layout_(layout),
+      bases_(std::move(bases)),
+      processes_(std::move(processes)),
+      timeout_s_(timeout_s),
+      on_idle_(std::move(on_idle)) {
+  for (int i = 0; i < num_ranks(); ++i) {
+    all_.push_back(i);
+    const std::int64_t pid = processes_[static_cast<std::size_t>(i)].pid;
+    descriptors_.push_back(pid > 0 && i != rank_ ? open_pidfd(pid) : -1);
+  }
+  // Spinning only helps a rank that does not take the core from the peer that it waits for.
+  spins_ = std::thread::hardware_concurrency() >= bases_.size() ? kSpinsWithOwnCore : 0;
+}
+
+Peers::~Peers() {
+  for (int descriptor : descriptors_) {
+    if (descriptor >= 0) ::close(descriptor);
+  }
+}
+
+OperationPost* Peers::post(int reader, std::uint32_t sequence, int source) const {
+  return reinterpret_cast<OperationPost*>(base(reader) + layout_.post(sequence & 1, static_cast<std::size_t>(source)));
+}
+
+Grant* Peers::grant(int reader, std::uint32_t sequence, int source) const {
+  return reinterpret_cast<Grant*>(base(reader) + layout_.grant(sequence & 1, static_cast<std::size_t>(source)));
+}
+
+std::uint32_t* Peers::flag(int reader, Step step, int source) const {
+  return &reinterpret_cast<Flag*>(base(reader) + layout_.flag(step, static_cast<std::size_t>(source)))->value;
+}
+
+void Peers::ring(int reader) {
+  auto* header = reinterpret_cast<HeapHeader*>(base(reader));
+  __atomic_fetch_add(&header->doorbell, 1, __ATOMIC_SEQ_CST);
+  if (__atomic_load_n(&header->sleepers, __ATOMIC_SEQ_CST) != 0) futex_wake(&header->doorbell);
+}
+
+void Peers::signal(int reader, Step step, std::uint32_t sequence) {
+  __atomic_store_n(flag(reader, step, rank_), sequence, __ATOMIC_RELEASE);
+  ring(reader);
+}
+
+void Peers::signal_all(Step step, std::uint32_t sequence) {
+  // Starting behind oneself spreads the wake-ups, as every rank does this at about the same time.
+  for (int i = 1; i <= num_ranks(); ++i) signal((rank_ + i) % num_ranks(), step, sequence);
+}
+
+bool Peers::reached(Step step, std::uint32_t sequence, int source) const {
+  const std::uint32_t seen = __atomic_load_n(flag(rank_, step, source), __ATOMIC_ACQUIRE);
+  return static_cast<std::int32_t>(seen - sequence) >= 0;
+}
+
+void Peers::wait(Step step, std::uint32_t sequence, const std::vector<int>& sources, const char* operation) {
+  auto* header = reinterpret_cast<HeapHeader*>(base(rank_));
+  std::size_t next = 0;
+  const auto all_reached = [&] {
+    while (next < sources.size() && reached(step, sequence, sources[next])) ++next;
+    return next == sources.size();
+  };
+  for (int spin = 0; spin <= spins_; ++spin) {
+    if (all_reached()) return;
+    relax();
+  }
+  const auto started = Clock::now();
+  const auto deadline = started + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(timeout_s_));
+  auto next_check = started + kIdlePeriod;
+  while (true) {
+    __atomic_fetch_add(&header->sleepers, 1, __ATOMIC_SEQ_CST);
+    const std::uint32_t seen = __atomic_load_n(&header->doorbell, __ATOMIC_SEQ_CST);
+    const bool done = all_reached();
+    if (!done) {
+      const auto until = std::min(next_check, deadline) - Clock::now();
+      if (until.count() > 0) futex_wait(&header->doorbell, seen, until);
+    }
+    __atomic_fetch_sub(&header->sleepers, 1, __ATOMIC_SEQ_CST);
+    if (done || all_reached()) return;
+    const auto now = Clock::now();
+    if (now < next_check && now < deadline) continue;
+    next_check = now + kIdlePeriod;
+    const std::vector<int> missing(sources.begin() + static_cast<std::ptrdiff_t>(next), sources.end());
+    check_alive(step, sequence, missing, operation);
+    if (on_idle_) on_idle_();
+    if (now >= deadline && !all_reached()) {
+      fail(sources[next], step, sequence, operation, false, "its process is alive");
+    }
+  }
+}
+
+bool Peers::process_ended(int rank) const {
+  const std::int64_t pid = processes_[static_cast<std::size_t>(rank)].pid;
+  if (pid == 0 || rank == rank_) return false;
+  const int descriptor = descriptors_[static_cast<std::size_t>(rank)];
+  if (descriptor >= 0) {
+    pollfd query{descriptor, POLLIN, 0};
+    return poll(&query, 1, 0) > 0;
+  }
+  return kill(static_cast<pid_t>(pid), 0) != 0 && errno == ESRCH;
+}
+
+void Peers::check_alive(Step step, std::uint32_t sequence, const std::vector<int>& sources, const char* operation) {
+  for (int source : sources) {
+    auto* departure = reinterpret_cast<Departure*>(base(rank_) + layout_.departure(static_cast<std::size_t>(source)));
+    const std::uint32_t state = __atomic_load_n(&departure->state, __ATOMIC_ACQUIRE);
+    const bool ended = process_ended(source);
+    // A peer may have done its part and left right after: look at the flag again before blaming it.
+    if ((state == 0 && !ended) || reached(step, sequence, source)) continue;
+    std::string why;
+    if (state == 1) why = "it has closed its buffer";
+    if (state == 2) why = "it has failed: " + std::string(departure->text, strnlen(departure->text, kDepartureText));
+    if (state == 0) why = "its process has ended";
+    fail(source, step, sequence, operation, true, why);
+  }
+}
+
+void Peers::fail(int source, Step step, std::uint32_t sequence, const char* operation, bool lost,
+                 const std::string& why) const {
+  const std::uint32_t seen = __atomic_load_n(flag(rank_, step, source), __ATOMIC_ACQUIRE);
+  std::string message = "rank " + std::to_string(rank_) + " waited ";
+  if (!lost) message += seconds(timeout_s_) + " ";
+  message += "for rank " + std::to_string(source) + " (pid " +
+             std::to_string(processes_[static_cast<std::size_t>(source)].pid) + ") in " + step_name(step) + " of " +
+             operation + " " + std::to_string(sequence) + ", but " + why + "; expected operation " +
+             std::to_string(sequence) + ", seen " + std::to_string(seen);
+  throw Error(lost ? ErrorKind::kLost : ErrorKind::kTimeout, message);
+}
+
+void Peers::depart(std::uint32_t state, const std::string& text) {
+  for (int reader = 0; reader < num_ranks(); ++reader) {
+    if (reader == rank_) continue;
+    auto* departure = reinterpret_cast<Departure*>(base(reader) + layout_.departure(static_cast<std::size_t>(rank_)));
+    if (__atomic_load_n(&departure->state, __ATOMIC_RELAXED) != 0) continue;
+    std::strncpy(departure->text, text.c_str(), kDepartureText - 1);
+    __atomic_store_n(&departure->state, state, __ATOMIC_RELEASE);
+    ring(reader);
+  }
+}
+
+}  // namespace moe_ep

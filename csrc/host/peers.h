@@ -1,0 +1,69 @@
+// Flags between ranks: setting them in peers' heaps, and waiting for them in one's own, bounded.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "common/heap_layout.h"
+
+namespace moe_ep {
+
+struct PeerProcess {
+  std::int64_t pid;  // 0: a thread of this process, as in the protocol's stress test
+};
+
+// The heaps of all ranks as this rank sees them, and the waiting on them.
+class Peers {
+ public:
+  // `bases` are the addresses of every rank's heap in this process, this rank's own among them.
+  // `on_idle` is called about every tenth of a second of waiting; it may throw to break the wait.
+  Peers(int rank, HeapLayout layout, std::vector<std::uint8_t*> bases, std::vector<PeerProcess> processes,
+        double timeout_s, std::function<void()> on_idle);
+  ~Peers();
+  Peers(const Peers&) = delete;
+  Peers& operator=(const Peers&) = delete;
+
+  int rank() const { return rank_; }
+  int num_ranks() const { return static_cast<int>(bases_.size()); }
+  const HeapLayout& layout() const { return layout_; }
+  std::uint8_t* base(int rank) const { return bases_[static_cast<std::size_t>(rank)]; }
+
+  // The post that `source` made in `reader`'s heap, followed by its counts.
+  OperationPost* post(int reader, std::uint32_t sequence, int source) const;
+  Grant* grant(int reader, std::uint32_t sequence, int source) const;
+
+  // Tells `reader` that this rank has done `step` of operation `sequence`; releases all earlier writes.
+  void signal(int reader, Step step, std::uint32_t sequence);
+  void signal_all(Step step, std::uint32_t sequence);
+
+  // Waits until all `sources` have signalled `step` for `sequence` or a later one; acquires their writes.
+  // Throws kTimeout or kLost, naming who waited for whom, in what, expected and seen.
+  void wait(Step step, std::uint32_t sequence, const std::vector<int>& sources, const char* operation);
+  void wait_all(Step step, std::uint32_t sequence, const char* operation) { wait(step, sequence, all_, operation); }
+
+  // Tells all peers that this rank takes part in nothing more: state 1 closed, 2 failed.
+  void depart(std::uint32_t state, const std::string& text);
+
+ private:
+  std::uint32_t* flag(int reader, Step step, int source) const;
+  bool reached(Step step, std::uint32_t sequence, int source) const;
+  void check_alive(Step step, std::uint32_t sequence, const std::vector<int>& sources, const char* operation);
+  bool process_ended(int rank) const;
+  void ring(int reader);
+  [[noreturn]] void fail(int source, Step step, std::uint32_t sequence, const char* operation, bool lost,
+                         const std::string& why) const;
+
+  int rank_;
+  HeapLayout layout_;
+  std::vector<std::uint8_t*> bases_;
+  std::vector<PeerProcess> processes_;
+  std::vector<int> descriptors_;  // pidfds: readable once the process has ended, zombie or not
+  std::vector<int> all_;
+  double timeout_s_;
+  std::function<void()> on_idle_;
+  int spins_;
+};
+
+}  // namespace moe_ep

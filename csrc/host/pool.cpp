@@ -1,0 +1,110 @@
+#include "host/pool.h"
+
+#include <algorithm>
+#include <cstring>
+#include <iterator>
+#include <string>
+#include <utility>
+
+#include "host/errors.h"
+
+namespace moe_ep {
+namespace {
+
+// Memory is taken in steps, so that growing a pool row by row does not call the kernel each time.
+constexpr std::size_t kCommitStep = std::size_t{2} << 20;
+
+}  // namespace
+
+Pool::Pool(Segment segment, const HeapLayout& layout)
+    : segment_(std::move(segment)),
+      layout_(layout),
+      pool_committed_(layout.pool()),
+      overflow_committed_(layout.overflow()) {
+  const int failure = segment_.commit(0, layout_.control_bytes());
+  if (failure != 0) {
+    throw Error(ErrorKind::kUnavailable, "no room for " + std::to_string(layout_.control_bytes()) + " bytes in " +
+                                             segment_.directory() + ": " + std::strerror(failure) +
+                                             "; enlarge that tmpfs, set shm_dir, or use backend='collective'");
+  }
+  reinterpret_cast<HeapHeader*>(segment_.base())->magic = kHeapMagic;
+  free_[layout_.pool()] = layout_.pool_bytes;
+}
+
+int Pool::commit(std::size_t& committed, std::size_t end, std::size_t limit) {
+  if (end <= committed) return 0;
+  const std::size_t stepped = std::min(align_up(end, kCommitStep), limit);
+  const int failure = segment_.commit(committed, stepped);
+  if (failure == 0) committed = stepped;
+  return failure;
+}
+
+std::shared_ptr<Pool::Lease> Pool::allocate(std::size_t bytes) {
+  bytes = align_up(bytes == 0 ? 1 : bytes, kCacheLine);
+  std::size_t offset = 0;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    last_errno_ = 0;
+    auto block = free_.begin();
+    while (block != free_.end() && block->second < bytes) ++block;
+    if (block == free_.end()) return nullptr;
+    offset = block->first;
+    last_errno_ = commit(pool_committed_, offset + bytes, layout_.pool() + layout_.pool_bytes);
+    if (last_errno_ != 0) return nullptr;
+    const std::size_t left = block->second - bytes;
+    free_.erase(block);
+    if (left > 0) free_[offset + bytes] = left;
+    leased_ += bytes;
+  }
+  return std::make_shared<Lease>(shared_from_this(), offset, bytes);
+}
+
+void Pool::release(std::size_t offset, std::size_t bytes) {
+  if (bytes == 0) return;
+  std::lock_guard<std::mutex> lock(mutex_);
+  leased_ -= bytes;
+  auto next = free_.lower_bound(offset);
+  if (next != free_.end() && offset + bytes == next->first) {
+    bytes += next->second;
+    next = free_.erase(next);
+  }
+  if (next != free_.begin()) {
+    auto previous = std::prev(next);
+    if (previous->first + previous->second == offset) {
+      previous->second += bytes;
+      return;
+    }
+  }
+  free_[offset] = bytes;
+}
+
+bool Pool::contains(const void* address) const {
+  const auto* at = static_cast<const std::uint8_t*>(address);
+  const auto* begin = segment_.base() + layout_.pool();
+  return at >= begin && at < begin + layout_.pool_bytes;
+}
+
+std::size_t Pool::leased_bytes() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return leased_;
+}
+
+int Pool::commit_overflow(std::size_t bytes) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  last_errno_ = commit(overflow_committed_, layout_.overflow() + bytes, layout_.total_bytes());
+  return last_errno_;
+}
+
+Pool::Lease::Lease(std::shared_ptr<Pool> pool, std::size_t offset, std::size_t bytes)
+    : pool_(std::move(pool)), offset_(offset), bytes_(bytes) {}
+
+Pool::Lease::~Lease() { pool_->release(offset_, bytes_); }
+
+void Pool::Lease::trim(std::size_t bytes) {
+  bytes = align_up(bytes == 0 ? 1 : bytes, kCacheLine);
+  if (bytes >= bytes_) return;
+  pool_->release(offset_ + bytes, bytes_ - bytes);
+  bytes_ = bytes;
+}
+
+}  // namespace moe_ep

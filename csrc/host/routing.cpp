@@ -1,0 +1,189 @@
+#include "host/routing.h"
+
+#include <algorithm>
+#include <string>
+
+#include "host/errors.h"
+
+namespace moe_ep {
+namespace {
+
+std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
+
+std::int64_t aligned(std::int64_t rows, std::int64_t alignment) {
+  return (rows + alignment - 1) / alignment * alignment;
+}
+
+std::int64_t rows_of_expert(const std::vector<Counts>& counts, std::int32_t expert) {
+  std::int64_t rows = 0;
+  for (const Counts& source : counts) rows += source.per_expert[at(expert)];
+  return rows;
+}
+
+std::int64_t rows_of_rank(const std::vector<Counts>& counts, int rank) {
+  std::int64_t rows = 0;
+  for (const Counts& source : counts) rows += source.per_rank[at(rank)];
+  return rows;
+}
+
+// The next free slot of this source for every expert (of its rank's expert-major block).
+std::vector<std::int64_t> first_slots_by_expert(const Placement& placement, const RoutingRequest& request) {
+  std::vector<std::int64_t> first(placement.rank_of_expert.size(), 0);
+  for (const auto& experts : placement.experts_of_rank) {
+    std::int64_t row = 0;
+    for (std::int32_t expert : experts) {
+      first[at(expert)] = row;
+      for (int source = 0; source < request.rank; ++source) {
+        first[at(expert)] += request.counts[at(source)].per_expert[at(expert)];
+      }
+      row += aligned(rows_of_expert(request.counts, expert), request.alignment);
+    }
+  }
+  return first;
+}
+
+std::vector<std::int64_t> first_slots_by_rank(const RoutingRequest& request) {
+  std::vector<std::int64_t> first(request.counts.size(), 0);
+  for (std::size_t rank = 0; rank < first.size(); ++rank) {
+    for (int source = 0; source < request.rank; ++source) first[rank] += request.counts[at(source)].per_rank[rank];
+  }
+  return first;
+}
+
+void add_entries(const Placement& placement, const RoutingRequest& request, Routing& routing) {
+  auto by_expert = first_slots_by_expert(placement, request);
+  auto by_rank = first_slots_by_rank(request);
+  const bool deduplicated = routing.rows_are_deduplicated();
+  routing.entry_begin.reserve(at(request.num_tokens + 1));
+  routing.entries.reserve(at(request.num_tokens * request.topk));
+  routing.entry_begin.push_back(0);
+  for (std::int64_t token = 0; token < request.num_tokens; ++token) {
+    const std::size_t first = routing.entries.size();
+    for (std::int64_t position = 0; position < request.topk; ++position) {
+      const std::int32_t expert = routing.expert_ids[at(token * request.topk + position)];
+      if (expert < 0) continue;
+      const std::int32_t rank = placement.rank_of_expert[at(expert)];
+      if (!deduplicated) {
+        const auto slot = static_cast<std::int32_t>(by_expert[at(expert)]++);
+        routing.entries.push_back(Entry{rank, slot, static_cast<std::int32_t>(position)});
+        continue;
+      }
+      const bool known = std::any_of(routing.entries.begin() + static_cast<std::ptrdiff_t>(first),
+                                     routing.entries.end(), [rank](const Entry& e) { return e.rank == rank; });
+      if (!known) routing.entries.push_back(Entry{rank, static_cast<std::int32_t>(by_rank[at(rank)]++), -1});
+    }
+    // Few entries and mostly in order: an insertion sort keeps equal ranks in top-k order.
+    for (std::size_t i = first + 1; i < routing.entries.size(); ++i) {
+      for (std::size_t j = i; j > first && routing.entries[j].rank < routing.entries[j - 1].rank; --j) {
+        std::swap(routing.entries[j], routing.entries[j - 1]);
+      }
+    }
+    for (std::size_t i = first; i < routing.entries.size(); ++i) {
+      routing.entries_to_peers += routing.entries[i].rank != request.rank;
+    }
+    routing.entry_begin.push_back(static_cast<std::int64_t>(routing.entries.size()));
+  }
+}
+
+void add_local_rows(const Placement& placement, const RoutingRequest& request, Routing& routing) {
+  std::int64_t row = 0;
+  for (std::int32_t expert : placement.experts_of_rank[at(request.rank)]) {
+    const std::int64_t rows = rows_of_expert(request.counts, expert);
+    routing.tokens_per_local_expert.push_back(rows);
+    routing.first_row_of_local_expert.push_back(row);
+    if (request.layout == RowLayout::kExpert) {
+      const std::int64_t end = row + aligned(rows, request.alignment);
+      if (row + rows < end) routing.padding.emplace_back(row + rows, end);
+      row = end;
+      routing.num_received += rows;
+    }
+  }
+  if (request.layout == RowLayout::kRank) row = routing.num_received = rows_of_rank(request.counts, request.rank);
+  const std::int64_t fixed = request.max_recv_rows[at(request.rank)];
+  routing.num_rows = fixed < 0 ? row : fixed;
+  if (row < routing.num_rows) routing.padding.emplace_back(row, routing.num_rows);
+}
+
+}  // namespace
+
+Placement::Placement(const std::vector<std::int32_t>& expert_to_rank, int num_ranks)
+    : rank_of_expert(expert_to_rank), experts_of_rank(at(num_ranks)) {
+  for (std::size_t expert = 0; expert < expert_to_rank.size(); ++expert) {
+    auto& experts = experts_of_rank[at(expert_to_rank[expert])];
+    local_of_expert.push_back(static_cast<std::int32_t>(experts.size()));
+    experts.push_back(static_cast<std::int32_t>(expert));
+  }
+}
+
+Counts count_rows(const Placement& placement, int num_ranks, const std::int64_t* topk_idx, std::int64_t num_tokens,
+                  std::int64_t topk) {
+  const auto num_experts = static_cast<std::int64_t>(placement.rank_of_expert.size());
+  Counts counts{std::vector<std::int32_t>(at(num_experts), 0), std::vector<std::int32_t>(at(num_ranks), 0)};
+  std::vector<std::int64_t> last_token(at(num_ranks), -1);
+  for (std::int64_t token = 0; token < num_tokens; ++token) {
+    for (std::int64_t position = 0; position < topk; ++position) {
+      const std::int64_t expert = topk_idx[token * topk + position];
+      if (expert == -1) continue;
+      if (expert < -1 || expert >= num_experts) {
+        throw Error(ErrorKind::kConfig,
+                    "topk_idx[" + std::to_string(token) + ", " + std::to_string(position) + "] is " +
+                        std::to_string(expert) + ", but expert ids run from 0 to " + std::to_string(num_experts - 1) +
+                        " (-1: none); fix the router or num_experts");
+      }
+      ++counts.per_expert[at(expert)];
+      const std::int32_t rank = placement.rank_of_expert[at(expert)];
+      if (last_token[at(rank)] != token) ++counts.per_rank[at(rank)];
+      last_token[at(rank)] = token;
+    }
+  }
+  return counts;
+}
+
+std::int64_t exact_rows(const Placement& placement, const RoutingRequest& request, int rank) {
+  if (request.layout == RowLayout::kRank) return rows_of_rank(request.counts, rank);
+  std::int64_t rows = 0;
+  for (std::int32_t expert : placement.experts_of_rank[at(rank)]) {
+    rows += aligned(rows_of_expert(request.counts, expert), request.alignment);
+  }
+  return rows;
+}
+
+Routing make_routing(const Placement& placement, const RoutingRequest& request) {
+  Routing routing;
+  routing.layout = request.layout;
+  routing.two_stage = request.two_stage && request.layout == RowLayout::kExpert;
+  routing.num_tokens = request.num_tokens;
+  routing.topk = request.topk;
+  routing.max_recv_rows = request.max_recv_rows[at(request.rank)];
+  routing.expert_ids.assign(request.topk_idx, request.topk_idx + request.num_tokens * request.topk);
+  for (int rank = 0; rank < static_cast<int>(request.counts.size()); ++rank) {
+    const std::int64_t fixed = request.max_recv_rows[at(rank)];
+    if (routing.two_stage) {
+      routing.rows_at_rank.push_back(rows_of_rank(request.counts, rank));
+    } else {
+      routing.rows_at_rank.push_back(fixed < 0 ? exact_rows(placement, request, rank) : fixed);
+    }
+  }
+  add_local_rows(placement, request, routing);
+  add_entries(placement, request, routing);
+  return routing;
+}
+
+void add_fan_out(Routing& routing, const std::int64_t* received_ids) {
+  std::int64_t received = 0;
+  for (std::int64_t rows : routing.tokens_per_local_expert) received += rows;
+  std::vector<std::int64_t> next = routing.first_row_of_local_expert;
+  std::int64_t staged = 0;
+  routing.fan_begin.push_back(0);
+  for (; static_cast<std::int64_t>(routing.fan_rows.size()) < received; ++staged) {
+    for (std::int64_t position = 0; position < routing.topk; ++position) {
+      const std::int64_t local = received_ids[staged * routing.topk + position];
+      if (local < 0) continue;
+      routing.fan_rows.push_back(static_cast<std::int32_t>(next[at(local)]++));
+      routing.fan_positions.push_back(static_cast<std::int32_t>(position));
+    }
+    routing.fan_begin.push_back(static_cast<std::int64_t>(routing.fan_rows.size()));
+  }
+}
+
+}  // namespace moe_ep

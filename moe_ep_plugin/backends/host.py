@@ -1,0 +1,219 @@
+"""Ranks of one machine over shared memory, in C++: the CPU backend, and the twin of the CUDA one."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._extension import load_host
+from ..bootstrap import exchange
+from ..errors import BackendUnavailable
+from ..handle import DispatchHandle
+from ..types import CombineOutput, DispatchOutput, DoneEvent
+from ..wire import FP8_DTYPE, num_scales
+from .base import Backend, BackendContext, CombineRequest, DispatchRequest
+from .select import agree
+
+logger = logging.getLogger("moe_ep_plugin")
+
+_ELEMENT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, FP8_DTYPE: 3}
+_LAYOUT = {"expert": 0, "rank": 1}
+_CLOSED, _FAILED = 1, 2
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _machine_id() -> str:
+    """Equal for processes that can map each other's memory: one boot of one kernel."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError as error:
+        raise BackendUnavailable(f"this machine can't be told from others: {error}") from error
+
+
+class HostBackend(Backend):
+    """See the module's text; made by :meth:`connect`."""
+
+    name = "host"
+
+    def __init__(self, context: BackendContext, heap: Any, communicator: Any) -> None:
+        self._c = context
+        self._heap = heap
+        self._communicator = communicator
+        self._warned_of_copies = False
+
+    @classmethod
+    def connect(cls, context: BackendContext) -> HostBackend:
+        """Make this rank's heap and map everyone's; succeeds on all ranks or on none.
+
+        Raises:
+            BackendUnavailable: No compiled part, no shared memory, or ranks on several machines.
+        """
+        config = context.config
+        heap = None
+        mine: dict[str, Any] = {"reason": None}
+        try:
+            if config.device_type != "cpu":
+                raise BackendUnavailable(f"it moves CPU tensors, and the buffer is for {config.device_type!r}")
+            host = load_host()
+            plan = config.memory_plan(context.num_ranks)
+            heap = host.Heap(
+                directory=config.shm_dir,
+                num_ranks=context.num_ranks,
+                num_experts=config.num_experts,
+                pool_bytes=plan.pool,
+                overflow_bytes=plan.overflow,
+            )
+            mine |= {"machine": _machine_id(), "address": heap.address()}
+        except BackendUnavailable as error:
+            mine["reason"] = str(error)
+        everyone = exchange(context.group, context.num_ranks, mine, config.timeout_s, "the start of backend 'host'")
+        told = [f"rank {rank}: {m['reason']}" for rank, m in enumerate(everyone) if m["reason"] is not None]
+        if not told and len({m["machine"] for m in everyone}) > 1:
+            told.append("the ranks are on several machines")
+        if told:
+            raise BackendUnavailable(f"backend 'host' can't be used: {'; '.join(told)}")
+        reason, communicator = None, None
+        try:
+            communicator = host.Communicator(
+                heap,
+                rank=context.rank,
+                addresses=[tuple(m["address"]) for m in everyone],
+                expert_to_rank=list(context.placement.expert_to_rank),
+                alignment=config.expert_alignment,
+                # Between processes of one machine the "link" is memory itself: writing every copy from the
+                # sender costs less than writing once, reading back and writing the copies.
+                two_stage=config.expand == "two_stage",
+                num_threads=config.host_threads or max(1, (os.cpu_count() or 1) // context.num_ranks),
+                timeout_s=float(config.timeout_s),
+            )
+        except BackendUnavailable as error:
+            reason = str(error)
+        agree(context, reason, "backend 'host'")
+        return cls(context, heap, communicator)
+
+    def dispatch(self, request: DispatchRequest) -> DispatchOutput:
+        """See :class:`Backend`."""
+        config, handle, x = self._c.config, request.handle, request.x
+        quantize = request.wire == "fp8" and request.scale is None
+        num_topk = handle.num_topk if handle is not None else request.topk_idx.shape[1]  # type: ignore[union-attr]
+        result = self._communicator.dispatch(
+            x=_address(x),
+            element=_ELEMENT[x.dtype],
+            scales=_address(request.scale),
+            num_tokens=x.shape[0],
+            hidden=config.hidden,
+            topk_idx=_address(request.topk_idx),
+            topk=num_topk,
+            weights=_address(request.topk_weights),
+            layout=_LAYOUT[request.layout],
+            max_recv_rows=-1 if request.max_recv_tokens is None else request.max_recv_tokens,
+            quantize=quantize,
+            power_of_two=config.power_of_two_scales,
+            routing=None if handle is None else handle.state,
+        )
+        self._c.stats.bytes_to_peers += result.bytes_to_peers
+        if result.copied_out:
+            self._note_copy_out()
+        if handle is None:
+            handle = self._make_handle(request, result.routing, num_topk)
+        rows, layout = handle.num_rows, handle.layout
+        block = result.block
+
+        def array(offset: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            return _tensor(block, offset, dtype, shape)
+
+        has_scale = quantize or request.scale is not None
+        weights_shape = (rows,) if layout == "expert" else (rows, num_topk)
+        return DispatchOutput(
+            x=array(0, FP8_DTYPE if has_scale else x.dtype, rows, config.hidden),
+            scale=array(result.scales_offset, torch.float32, rows, num_scales(config.hidden)) if has_scale else None,
+            topk_idx=array(result.indices_offset, torch.int64, rows, num_topk) if layout == "rank" else None,
+            topk_weights=(
+                array(result.weights_offset, torch.float32, *weights_shape) if request.topk_weights is not None else None
+            ),
+            tokens_per_expert=self._tokens_per_expert(handle),
+            handle=handle,
+            event=DoneEvent(),
+        )
+
+    def combine(self, request: CombineRequest) -> CombineOutput:
+        """See :class:`Backend`."""
+        handle, rows = request.handle, request.rows
+        out = torch.empty(handle.num_tokens, self._c.config.hidden, dtype=rows.dtype)
+        values = None if request.row_values is None else torch.empty(handle.num_tokens, handle.num_topk)
+        result = self._communicator.combine(
+            rows=_address(rows),
+            element=_ELEMENT[rows.dtype],
+            hidden=self._c.config.hidden,
+            routing=handle.state,
+            weights=_address(request.row_weights),
+            values=_address(request.row_values),
+            out=_address(out),
+            values_out=_address(values),
+        )
+        self._c.stats.bytes_to_peers += result.bytes_to_peers
+        self._c.stats.staged += result.staged
+        return CombineOutput(x=out, row_values=values, event=DoneEvent())
+
+    def empty_rows(self, handle: DispatchHandle, dtype: torch.dtype) -> torch.Tensor:
+        """A lease of the heap, or ordinary memory where the pool is used up."""
+        shape = (handle.num_rows, self._c.config.hidden)
+        block = self._communicator.lease(max(1, math.prod(shape) * dtype.itemsize))
+        return torch.empty(shape, dtype=dtype) if block is None else _tensor(block, 0, dtype, shape)
+
+    def abandon(self, reason: str) -> None:
+        """See :class:`Backend`."""
+        self._communicator.depart(_FAILED, reason)
+
+    def close(self) -> None:
+        """See :class:`Backend`. The heap itself lives on while leased tensors do."""
+        self._communicator.depart(_CLOSED, "")
+        self._communicator = self._heap = None
+
+    def _make_handle(self, request: DispatchRequest, routing: Any, num_topk: int) -> DispatchHandle:
+        return DispatchHandle(
+            layout=request.layout,
+            num_tokens=request.x.shape[0],
+            num_topk=num_topk,
+            num_rows=routing.num_rows,
+            num_received=routing.num_received,
+            tokens_per_expert=torch.tensor(routing.tokens_per_local_expert, dtype=torch.int64),
+            max_recv_tokens=request.max_recv_tokens,
+            has_weights=request.topk_weights is not None,
+            buffer_id=self._c.buffer_id,
+            state=routing,
+        )
+
+    def _tokens_per_expert(self, handle: DispatchHandle) -> torch.Tensor:
+        if handle.layout == "rank":
+            return handle.tokens_per_expert.clone()
+        alignment = self._c.config.expert_alignment
+        return (handle.tokens_per_expert + alignment - 1) // alignment * alignment
+
+    def _note_copy_out(self) -> None:
+        self._c.stats.copied_out += 1
+        if not self._warned_of_copies:
+            self._warned_of_copies = True
+            logger.warning(
+                "moe_ep_plugin: rank %d: the pool of %d bytes is used up by leased rows; received rows are copied out "
+                "of the heap from now on, which is slower. Raise EpConfig.pool_bytes.",
+                self._c.rank,
+                self._c.config.memory_plan(self._c.num_ranks).pool,
+            )
+
+
+def _tensor(block: Any, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor over part of a block, which it keeps alive. Not a view, so autograd may modify it in place."""
+    count = math.prod(shape)
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    flat = torch.frombuffer(block, dtype=dtype, count=count, offset=offset)
+    return torch.empty(0, dtype=dtype).set_(flat.untyped_storage(), flat.storage_offset(), shape)

@@ -1,0 +1,55 @@
+"""What a buffer reserves: the sizes of the symmetric heap's regions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .config import EpConfig
+from .routing import ExpertPlacement
+from .wire import num_scales
+
+_CACHE_LINE = 64
+_PAGE = 4096
+# Leased blocks of the largest kind that the default pool has room for: a few layers' activations.
+_DEFAULT_POOL_BLOCKS = 4
+_SMALLEST_POOL = 64 << 20
+
+
+def _align(value: int, alignment: int) -> int:
+    return -(-value // alignment) * alignment
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one rank's heap.
+
+    Attributes:
+        largest_block: The most that one dispatch can receive: every rank sends all its tokens here.
+        pool: Limit of the leased rows (``pool_bytes``, or a few times ``largest_block``).
+        overflow: Kept aside for a dispatch that finds the pool used up; its rows are then copied out.
+    """
+
+    largest_block: int
+    pool: int
+    overflow: int
+
+    @property
+    def total(self) -> int:
+        """Address space reserved for rows. The host backend takes memory for what is used only."""
+        return self.pool + self.overflow
+
+
+def plan(config: EpConfig, num_ranks: int) -> MemoryPlan:
+    """See :meth:`EpConfig.memory_plan`."""
+    placement = ExpertPlacement.make(config.num_experts, num_ranks, config.expert_to_rank)
+    most_local_experts = max(len(held) for held in placement.experts_of_rank)
+    tokens = num_ranks * config.max_tokens_per_rank
+    row = config.hidden * config.dtype.itemsize
+    scales = 4 * num_scales(config.hidden)
+    per_expert_row = row + scales + 4
+    per_rank_row = row + scales + (4 + 8) * config.num_topk
+    expert_rows = tokens * config.num_topk + most_local_experts * (config.expert_alignment - 1)
+    largest = max(expert_rows * per_expert_row, tokens * per_rank_row) + 4 * _CACHE_LINE
+    largest = _align(largest, _PAGE)
+    pool = config.pool_bytes if config.pool_bytes is not None else max(_DEFAULT_POOL_BLOCKS * largest, _SMALLEST_POOL)
+    return MemoryPlan(largest_block=largest, pool=_align(pool, _PAGE), overflow=largest)
