@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -106,19 +107,21 @@ class HostCommunicator {
   std::unique_ptr<Communicator> communicator_;
 };
 
-DispatchResult dispatch(HostCommunicator& self, std::uintptr_t x, int element, std::uintptr_t scales,
+DispatchResult dispatch(HostCommunicator& self, std::uintptr_t x, int element, std::optional<std::uintptr_t> scales,
                         std::int64_t num_tokens, std::int64_t hidden, std::uintptr_t topk_idx, std::int64_t topk,
-                        std::uintptr_t weights, int layout, std::int64_t max_recv_rows, bool quantize,
+                        std::optional<std::uintptr_t> weights, int layout, std::int64_t max_recv_rows, bool quantize,
                         bool power_of_two, std::shared_ptr<Routing> routing) {
   DispatchArguments arguments{};
   arguments.x = pointer<const void>(x);
   arguments.element = static_cast<Element>(element);
-  arguments.scales = pointer<const float>(scales);
+  arguments.has_scales = scales.has_value();
+  arguments.has_weights = weights.has_value();
+  arguments.scales = pointer<const float>(scales.value_or(0));
   arguments.num_tokens = num_tokens;
   arguments.hidden = hidden;
   arguments.topk_idx = pointer<const std::int64_t>(topk_idx);
   arguments.topk = topk;
-  arguments.weights = pointer<const float>(weights);
+  arguments.weights = pointer<const float>(weights.value_or(0));
   arguments.layout = static_cast<RowLayout>(layout);
   arguments.max_recv_rows = max_recv_rows;
   arguments.quantize = quantize;
@@ -129,15 +132,17 @@ DispatchResult dispatch(HostCommunicator& self, std::uintptr_t x, int element, s
 }
 
 CombineResult combine(HostCommunicator& self, std::uintptr_t rows, int element, std::int64_t hidden,
-                      std::shared_ptr<Routing> routing, std::uintptr_t weights, std::uintptr_t values,
-                      std::uintptr_t out, std::uintptr_t values_out) {
+                      std::shared_ptr<Routing> routing, std::optional<std::uintptr_t> weights,
+                      std::optional<std::uintptr_t> values, std::uintptr_t out, std::uintptr_t values_out) {
   CombineArguments arguments{};
   arguments.rows = pointer<const void>(rows);
   arguments.element = static_cast<Element>(element);
   arguments.hidden = hidden;
   arguments.routing = std::move(routing);
-  arguments.weights = pointer<const float>(weights);
-  arguments.values = pointer<const float>(values);
+  arguments.has_weights = weights.has_value();
+  arguments.has_values = values.has_value();
+  arguments.weights = pointer<const float>(weights.value_or(0));
+  arguments.values = pointer<const float>(values.value_or(0));
   arguments.out = pointer<void>(out);
   arguments.values_out = pointer<float>(values_out);
   const py::gil_scoped_release release;

@@ -21,13 +21,13 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
   const bool reduces_first = routing.two_stage;
   const bool in_place = !reduces_first && pool_->contains(arguments.rows);
   const std::size_t shared_rows = at(reduces_first ? routing.block_rows(peers_->rank()) : routing.num_rows);
-  const bool shares_weights = arguments.weights != nullptr && !reduces_first;
+  const bool shares_weights = arguments.has_weights && !reduces_first;
   const std::size_t values_per_row = routing.rows_are_deduplicated() ? at(routing.topk) : 1;
 
   // Rows, weights and values that peers read, each where it is not in place already.
   const ReceiveBlock arrays =
       ReceiveBlock::make(shared_rows, in_place ? 0 : row_bytes, 0, shares_weights ? sizeof(float) : 0,
-                         arguments.values != nullptr ? sizeof(float) * values_per_row : 0);
+                         arguments.has_values ? sizeof(float) * values_per_row : 0);
   const Room room = find_room(arrays.total);
   std::uint8_t* block = peers_->base(peers_->rank()) + room.offset;
   if (room.offset >= 0) {
@@ -41,7 +41,7 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
                       static_cast<const std::uint8_t*>(arguments.rows) + begin * row_bytes, (end - begin) * row_bytes);
         });
       }
-      if (arguments.values != nullptr) {
+      if (arguments.has_values) {
         std::memcpy(values, arguments.values, shared_rows * values_per_row * sizeof(float));
       }
     }
@@ -54,8 +54,8 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
   post.element = static_cast<std::int32_t>(arguments.element);
   post.row_bytes = static_cast<std::int32_t>(row_bytes);
   post.topk = static_cast<std::int32_t>(routing.topk);
-  post.has_weights = arguments.weights != nullptr;
-  post.has_values = arguments.values != nullptr;
+  post.has_weights = arguments.has_weights;
+  post.has_values = arguments.has_values;
   post.reuses_handle = 1;
   post.sequence = sequence_;
   post.num_tokens = routing.num_tokens;
@@ -78,7 +78,7 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
 
   CombineResult result;
   result.staged = !in_place && !reduces_first;
-  const std::size_t value_bytes = arguments.values != nullptr ? sizeof(float) * values_per_row : 0;
+  const std::size_t value_bytes = arguments.has_values ? sizeof(float) * values_per_row : 0;
   result.bytes_to_peers =
       routing.entries_to_peers *
       static_cast<std::int64_t>(row_bytes + (shares_weights ? sizeof(float) : 0) + value_bytes);
@@ -92,14 +92,14 @@ void Communicator::reduce_locally(const CombineArguments& arguments, std::uint8_
   workers_.split(routing.fan_begin.size() - 1, [&](std::size_t begin, std::size_t end) {
     std::vector<ReduceTerm> terms(at(routing.topk));
     for (std::size_t row = begin; row < end; ++row) {
-      if (arguments.values != nullptr) std::memset(values + row * at(routing.topk), 0, at(routing.topk) * sizeof(float));
+      if (arguments.has_values) std::memset(values + row * at(routing.topk), 0, at(routing.topk) * sizeof(float));
       std::size_t count = 0;
       for (std::int64_t i = routing.fan_begin[row]; i < routing.fan_begin[row + 1]; ++i) {
         const std::size_t slot = at(routing.fan_rows[at(i)]);
         terms[count] = ReduceTerm{static_cast<const std::uint8_t*>(arguments.rows) + slot * row_bytes,
-                                  arguments.weights == nullptr ? 1.0f : arguments.weights[slot], count == 0};
+                                  arguments.has_weights ? arguments.weights[slot] : 1.0f, count == 0};
         ++count;
-        if (arguments.values != nullptr) {
+        if (arguments.has_values) {
           values[row * at(routing.topk) + at(routing.fan_positions[at(i)])] = arguments.values[slot];
         }
       }
@@ -120,11 +120,11 @@ void Communicator::gather_and_reduce(const CombineArguments& arguments) {
     weights.push_back(reinterpret_cast<const float*>(peers_->base(rank) + post->side_offset));
     values.push_back(reinterpret_cast<const float*>(peers_->base(rank) + post->values_offset));
   }
-  const bool weighted = arguments.weights != nullptr && !routing.two_stage;
+  const bool weighted = arguments.has_weights && !routing.two_stage;
   workers_.split(at(routing.num_tokens), [&](std::size_t begin, std::size_t end) {
     std::vector<ReduceTerm> terms(at(routing.topk));
     for (std::size_t token = begin; token < end; ++token) {
-      float* values_out = arguments.values_out == nullptr ? nullptr : arguments.values_out + token * at(routing.topk);
+      float* values_out = arguments.has_values ? arguments.values_out + token * at(routing.topk) : nullptr;
       if (values_out != nullptr) std::memset(values_out, 0, at(routing.topk) * sizeof(float));
       std::size_t count = 0;
       std::int32_t last_rank = -1;

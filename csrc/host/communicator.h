@@ -23,14 +23,17 @@ struct Block {
 };
 
 struct DispatchArguments {
-  const void* x;            // [num_tokens, hidden] of `element`
-  Element element;          // kFloat8: quantised already, with `scales`
-  const float* scales;      // [num_tokens, ceil(hidden / 128)] or null
+  const void* x;    // [num_tokens, hidden] of `element`
+  Element element;  // kFloat8: quantised already, with `scales`
+  // An empty tensor's address may be null, so what is there is said apart from where it is.
+  bool has_scales;
+  bool has_weights;
+  const float* scales;  // [num_tokens, ceil(hidden / 128)]
   std::int64_t num_tokens;
   std::int64_t hidden;
   const std::int64_t* topk_idx;  // [num_tokens, topk]; null with `routing`
   std::int64_t topk;
-  const float* weights;  // [num_tokens, topk] or null
+  const float* weights;  // [num_tokens, topk]
   RowLayout layout;
   std::int64_t max_recv_rows;  // -1: exact sizes
   bool quantize;
@@ -51,10 +54,12 @@ struct CombineArguments {
   Element element;
   std::int64_t hidden;
   std::shared_ptr<const Routing> routing;
-  const float* weights;  // [num_rows] or null
-  const float* values;   // [num_rows] (layout expert) or [num_rows, topk] (layout rank), or null
+  bool has_weights;
+  bool has_values;
+  const float* weights;  // [num_rows]
+  const float* values;   // [num_rows] (layout expert) or [num_rows, topk] (layout rank)
   void* out;             // [num_tokens, hidden]
-  float* values_out;     // [num_tokens, topk] or null
+  float* values_out;     // [num_tokens, topk], if there are values
 };
 
 struct CombineResult {

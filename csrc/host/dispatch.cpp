@@ -25,11 +25,11 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
   const RowLayout layout = reuses ? arguments.routing->layout : arguments.layout;
   const std::int64_t topk = reuses ? arguments.routing->topk : arguments.topk;
   const bool deduplicated = layout == RowLayout::kRank || two_stage_;
-  const bool has_scales = arguments.quantize || arguments.scales != nullptr;
+  const bool has_scales = arguments.quantize || arguments.has_scales;
   Sizes sizes{};
   sizes.row = at(arguments.hidden) * element_bytes(has_scales ? Element::kFloat8 : arguments.element);
   sizes.scale = has_scales ? scales_per_row(arguments.hidden) * sizeof(float) : 0;
-  sizes.weight = arguments.weights == nullptr ? 0 : sizeof(float) * (deduplicated ? at(topk) : 1);
+  sizes.weight = arguments.has_weights ? sizeof(float) * (deduplicated ? at(topk) : 1) : 0;
   // A reused two-stage handle knows its fan-out; rank-major output wants the ids every time.
   sizes.index = layout == RowLayout::kRank || (two_stage_ && !reuses) ? sizeof(std::int64_t) * at(topk) : 0;
 
@@ -48,7 +48,7 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
   post.row_bytes = static_cast<std::int32_t>(sizes.row);
   post.scale_bytes = static_cast<std::int32_t>(sizes.scale);
   post.topk = static_cast<std::int32_t>(topk);
-  post.has_weights = arguments.weights != nullptr;
+  post.has_weights = arguments.has_weights;
   post.reuses_handle = reuses;
   post.sequence = sequence_;
   post.num_tokens = arguments.num_tokens;
@@ -93,7 +93,7 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
       add_fan_out(*fresh, reinterpret_cast<const std::int64_t*>(own_block + indices));
     }
     Sizes expanded = sizes;
-    expanded.weight = arguments.weights == nullptr ? 0 : sizeof(float);
+    expanded.weight = arguments.has_weights ? sizeof(float) : 0;
     expanded.index = 0;
     result.offsets = expanded.block(routing->num_rows);
     result.block = expand(*routing, sizes, expanded, own_block);
@@ -170,7 +170,7 @@ void Communicator::send(const DispatchArguments& arguments, const Routing& routi
       if (first == last) continue;
       const void* row = static_cast<const std::uint8_t*>(arguments.x) + token * source_bytes;
       const float* row_scales = arguments.scales;
-      if (row_scales != nullptr) row_scales += token * scales_per_row(arguments.hidden);
+      if (arguments.has_scales) row_scales += token * scales_per_row(arguments.hidden);
       if (arguments.quantize) {
         kernels_.quantize(arguments.element, row, at(arguments.hidden), arguments.power_of_two, quantized.data(),
                           scales.data());

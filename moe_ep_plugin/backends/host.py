@@ -26,8 +26,8 @@ _LAYOUT = {"expert": 0, "rank": 1}
 _CLOSED, _FAILED = 1, 2
 
 
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _machine_id() -> str:
@@ -105,12 +105,12 @@ class HostBackend(Backend):
         quantize = request.wire == "fp8" and request.scale is None
         num_topk = handle.num_topk if handle is not None else request.topk_idx.shape[1]  # type: ignore[union-attr]
         result = self._communicator.dispatch(
-            x=_address(x),
+            x=x.data_ptr(),
             element=_ELEMENT[x.dtype],
             scales=_address(request.scale),
             num_tokens=x.shape[0],
             hidden=config.hidden,
-            topk_idx=_address(request.topk_idx),
+            topk_idx=_address(request.topk_idx) or 0,
             topk=num_topk,
             weights=_address(request.topk_weights),
             layout=_LAYOUT[request.layout],
@@ -150,14 +150,14 @@ class HostBackend(Backend):
         out = torch.empty(handle.num_tokens, self._c.config.hidden, dtype=rows.dtype)
         values = None if request.row_values is None else torch.empty(handle.num_tokens, handle.num_topk)
         result = self._communicator.combine(
-            rows=_address(rows),
+            rows=rows.data_ptr(),
             element=_ELEMENT[rows.dtype],
             hidden=self._c.config.hidden,
             routing=handle.state,
             weights=_address(request.row_weights),
             values=_address(request.row_values),
-            out=_address(out),
-            values_out=_address(values),
+            out=out.data_ptr(),
+            values_out=_address(values) or 0,
         )
         self._c.stats.bytes_to_peers += result.bytes_to_peers
         self._c.stats.staged += result.staged
