@@ -201,15 +201,17 @@ PYBIND11_MODULE(_host, module) {
       .def("depart", [](HostCommunicator& self, std::uint32_t state, const std::string& text) {
         self.get().depart(state, text);
       });
-  module.def("heap_bytes",
-             [](std::size_t num_ranks, std::size_t num_experts, std::size_t pool_bytes, std::size_t overflow_bytes) {
-               const HeapLayout layout = heap_layout(num_ranks, num_experts, pool_bytes, overflow_bytes);
-               return std::make_tuple(layout.control_bytes(), layout.total_bytes());
-             },
-             py::arg("num_ranks"), py::arg("num_experts"), py::arg("pool_bytes"), py::arg("overflow_bytes"),
-             "Bytes of the control region and of the whole heap.");
-  module.def("kernel_variant", [] { return std::string(kernels().name); },
-             "Which build of the row kernels this processor runs.");
+  module.def(
+      "heap_bytes",
+      [](std::size_t num_ranks, std::size_t num_experts, std::size_t pool_bytes, std::size_t overflow_bytes) {
+        const HeapLayout layout = heap_layout(num_ranks, num_experts, pool_bytes, overflow_bytes);
+        return std::make_tuple(layout.control_bytes(), layout.total_bytes());
+      },
+      py::arg("num_ranks"), py::arg("num_experts"), py::arg("pool_bytes"), py::arg("overflow_bytes"),
+      "Bytes of the control region and of the whole heap.");
+  module.def(
+      "kernel_variant", [] { return std::string(kernels().name); },
+      "Which build of the row kernels this processor runs.");
 }
 
 }  // namespace moe_ep

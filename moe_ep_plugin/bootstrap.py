@@ -26,7 +26,9 @@ def group_rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
 
 def _message_device(group: dist.ProcessGroup | None) -> torch.device:
     """A device that the group's backend can carry: CPU wherever it has one."""
-    kinds = {device.type for device in (group or dist.group.WORLD)._device_types}
+    found = group or dist.group.WORLD
+    assert found is not None
+    kinds = {device.type for device in found._device_types}
     return torch.device("cpu") if "cpu" in kinds or not kinds else torch.device(kinds.pop())
 
 

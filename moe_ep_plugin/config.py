@@ -77,7 +77,9 @@ class EpConfig:
         for name in ("num_experts", "num_topk", "hidden", "max_tokens_per_rank", "expert_alignment"):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
-            _require(whole and value >= 1, name, repr(value), "it must be a whole number of at least 1", f"set {name} >= 1")
+            _require(
+                whole and value >= 1, name, repr(value), "it must be a whole number of at least 1", f"set {name} >= 1"
+            )
         for name in ("num_sms", "host_threads", "pool_bytes"):
             value = getattr(self, name)
             _require(

@@ -72,9 +72,11 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         # Gradients cross unquantised whatever the forward wire is.
         grad_rows = ctx.buffer.dispatch(grad, handle=ctx.handle, wire="bf16").x
-        if not ctx.saved_tensors:
+        # Read once: under activation checkpointing every read would recompute.
+        saved = ctx.saved_tensors
+        if not saved:
             return grad_rows, None, None, None
-        rows, weights = ctx.saved_tensors
+        rows, weights = saved
         grad_weights = None
         if ctx.needs_input_grad[1]:
             grad_weights = torch.linalg.vecdot(rows.float(), grad_rows.float())
@@ -111,7 +113,7 @@ class TokenDispatcher:
         gradient passes the quantisation unchanged.
         """
         routing = _Routing(self.buffer, topk_idx, layout, handle, max_recv_tokens)
-        rows, weights = _Dispatch.apply(x, topk_weights, routing)
+        rows, weights = _Dispatch.apply(x, topk_weights, routing)  # type: ignore[no-untyped-call]
         assert routing.out is not None
         return replace(routing.out, x=rows, scale=None, topk_weights=weights)
 
@@ -119,7 +121,7 @@ class TokenDispatcher:
         self, rows: torch.Tensor, handle: DispatchHandle, *, topk_weights: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Differentiable :meth:`EpBuffer.combine`; gradients reach ``rows`` and ``topk_weights``."""
-        out: torch.Tensor = _Combine.apply(rows, topk_weights, self.buffer, handle)
+        out: torch.Tensor = _Combine.apply(rows, topk_weights, self.buffer, handle)  # type: ignore[no-untyped-call]
         return out
 
     def empty_rows(self, handle: DispatchHandle, dtype: torch.dtype | None = None) -> torch.Tensor:

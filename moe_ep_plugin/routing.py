@@ -55,8 +55,6 @@ class ExpertPlacement:
         object.__setattr__(self, "experts_of_rank", tuple(tuple(h) for h in held))
 
     @classmethod
-    def make(
-        cls, num_experts: int, num_ranks: int, expert_to_rank: tuple[int, ...] | None
-    ) -> ExpertPlacement:
+    def make(cls, num_experts: int, num_ranks: int, expert_to_rank: tuple[int, ...] | None) -> ExpertPlacement:
         """Placement from a map, or the contiguous one where the map is None."""
         return cls(num_ranks, expert_to_rank or contiguous_expert_to_rank(num_experts, num_ranks))

@@ -22,8 +22,8 @@ FP8_BLOCK = 128
 class Event(Protocol):
     """What an operation can be waited on by: ``torch.cuda.Event`` on GPUs, :class:`DoneEvent` on CPUs."""
 
-    def wait(self, *args: object) -> None:
-        """Make the caller (a stream on GPUs) wait for the operation."""
+    def wait(self) -> None:
+        """Make the caller (its current stream on GPUs) wait for the operation."""
 
     def query(self) -> bool:
         """Whether the operation has completed."""
@@ -36,7 +36,7 @@ class Event(Protocol):
 class DoneEvent:
     """The event of an operation that had completed when its call returned, as on the CPU backends."""
 
-    def wait(self, *args: object) -> None:
+    def wait(self) -> None:
         """Return at once."""
 
     def query(self) -> bool:

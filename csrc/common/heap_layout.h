@@ -100,16 +100,10 @@ struct HeapLayout {
   MOE_EP_HOST_DEVICE std::size_t departure(std::size_t source) const {
     return align_up(grant(2, 0), kCacheLine) + source * sizeof(Departure);
   }
-  MOE_EP_HOST_DEVICE std::size_t control_bytes() const {
-    return align_up(departure(num_ranks), kRegionAlignment);
-  }
+  MOE_EP_HOST_DEVICE std::size_t control_bytes() const { return align_up(departure(num_ranks), kRegionAlignment); }
   MOE_EP_HOST_DEVICE std::size_t pool() const { return control_bytes(); }
-  MOE_EP_HOST_DEVICE std::size_t overflow() const {
-    return align_up(pool() + pool_bytes, kRegionAlignment);
-  }
-  MOE_EP_HOST_DEVICE std::size_t total_bytes() const {
-    return align_up(overflow() + overflow_bytes, kRegionAlignment);
-  }
+  MOE_EP_HOST_DEVICE std::size_t overflow() const { return align_up(pool() + pool_bytes, kRegionAlignment); }
+  MOE_EP_HOST_DEVICE std::size_t total_bytes() const { return align_up(overflow() + overflow_bytes, kRegionAlignment); }
 };
 
 // Arrays of one receive block. Senders and the receiver derive the same offsets from the row count.

@@ -37,8 +37,10 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
     } else {
       if (!in_place) {
         workers_.split(shared_rows, [&](std::size_t begin, std::size_t end) {
-          std::memcpy(block + arrays.rows + begin * row_bytes,
-                      static_cast<const std::uint8_t*>(arguments.rows) + begin * row_bytes, (end - begin) * row_bytes);
+          kernels_.copy_row(block + arrays.rows + begin * row_bytes,
+                            static_cast<const std::uint8_t*>(arguments.rows) + begin * row_bytes,
+                            (end - begin) * row_bytes, streams(shared_rows * row_bytes, row_bytes));
+          kernels_.fence();
         });
       }
       if (arguments.has_values) {
@@ -60,8 +62,8 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
   post.sequence = sequence_;
   post.num_tokens = routing.num_tokens;
   post.block_bytes = room.offset < 0 ? -1 : static_cast<std::int64_t>(arrays.total);
-  post.block_offset = in_place ? static_cast<const std::uint8_t*>(arguments.rows) - peers_->base(peers_->rank())
-                               : room.offset;
+  post.block_offset =
+      in_place ? static_cast<const std::uint8_t*>(arguments.rows) - peers_->base(peers_->rank()) : room.offset;
   post.side_offset = room.offset + static_cast<std::int64_t>(arrays.weights);
   post.values_offset = room.offset + static_cast<std::int64_t>(arrays.indices);
   publish(post, nullptr);
@@ -79,9 +81,8 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
   CombineResult result;
   result.staged = !in_place && !reduces_first;
   const std::size_t value_bytes = arguments.has_values ? sizeof(float) * values_per_row : 0;
-  result.bytes_to_peers =
-      routing.entries_to_peers *
-      static_cast<std::int64_t>(row_bytes + (shares_weights ? sizeof(float) : 0) + value_bytes);
+  result.bytes_to_peers = routing.entries_to_peers *
+                          static_cast<std::int64_t>(row_bytes + (shares_weights ? sizeof(float) : 0) + value_bytes);
   return result;
 }
 

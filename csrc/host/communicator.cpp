@@ -95,8 +95,8 @@ std::vector<Counts> Communicator::gather_counts() const {
   std::vector<Counts> counts;
   for (int source = 0; source < peers_->num_ranks(); ++source) {
     const auto* numbers = reinterpret_cast<const std::int32_t*>(peers_->post(peers_->rank(), sequence_, source) + 1);
-    counts.push_back(Counts{{numbers, numbers + num_experts},
-                            {numbers + num_experts, numbers + num_experts + num_ranks}});
+    counts.push_back(
+        Counts{{numbers, numbers + num_experts}, {numbers + num_experts, numbers + num_experts + num_ranks}});
   }
   return counts;
 }

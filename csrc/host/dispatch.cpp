@@ -11,9 +11,6 @@ namespace {
 
 constexpr const char* kName = "dispatch";
 
-// Above this many bytes written by one rank, rows would push everything else out of the caches.
-constexpr std::size_t kStreamFrom = std::size_t{1} << 20;
-
 std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 
 std::size_t scales_per_row(std::int64_t hidden) { return (at(hidden) + kFp8Block - 1) / kFp8Block; }
@@ -69,8 +66,8 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
     for (int source = 0; source < peers_->num_ranks(); ++source) {
       max_recv_rows.push_back(peers_->post(peers_->rank(), sequence_, source)->max_recv_rows);
     }
-    const RoutingRequest request{layout,     two_stage_,     arguments.topk_idx, arguments.num_tokens, topk,
-                                 alignment_, peers_->rank(), counts,             max_recv_rows};
+    const RoutingRequest request{layout,         two_stage_, arguments.topk_idx, arguments.num_tokens, topk, alignment_,
+                                 peers_->rank(), counts,     max_recv_rows};
     check_max_recv(request);
     fresh = std::make_shared<Routing>(make_routing(placement_, request));
     routing = fresh;
@@ -160,7 +157,7 @@ void Communicator::send(const DispatchArguments& arguments, const Routing& routi
   std::vector<ReceiveBlock> offsets;
   for (int rank = 0; rank < peers_->num_ranks(); ++rank) offsets.push_back(sizes.block(routing.block_rows(rank)));
   const std::size_t source_bytes = at(arguments.hidden) * element_bytes(arguments.element);
-  const bool stream = sizes.row % 16 == 0 && routing.entries.size() * sizes.row >= kStreamFrom;
+  const bool stream = streams(routing.entries.size() * sizes.row, sizes.row);
   workers_.split(at(routing.num_tokens), [&](std::size_t begin, std::size_t end) {
     std::vector<std::uint8_t> quantized(arguments.quantize ? sizes.row : 0);
     std::vector<float> scales(arguments.quantize ? sizes.scale / sizeof(float) : 0);
@@ -226,13 +223,12 @@ void Communicator::clear_padding(const Routing& routing, const Sizes& sizes, std
 }
 
 // The second stage: expert-major rows from the rank-major rows of the receive block.
-Block Communicator::expand(const Routing& routing, const Sizes& staged, const Sizes& sizes,
-                           const std::uint8_t* block) {
+Block Communicator::expand(const Routing& routing, const Sizes& staged, const Sizes& sizes, const std::uint8_t* block) {
   const ReceiveBlock from = staged.block(routing.block_rows(peers_->rank()));
   const ReceiveBlock to = sizes.block(routing.num_rows);
   Block out = lease(to.total);
   if (out.data == nullptr) out = own_memory(to.total);
-  const bool stream = sizes.row % 16 == 0 && routing.fan_rows.size() * sizes.row >= kStreamFrom;
+  const bool stream = streams(routing.fan_rows.size() * sizes.row, sizes.row);
   workers_.split(routing.fan_begin.size() - 1, [&](std::size_t begin, std::size_t end) {
     for (std::size_t row = begin; row < end; ++row) {
       for (std::int64_t i = routing.fan_begin[row]; i < routing.fan_begin[row + 1]; ++i) {

@@ -29,8 +29,7 @@ void copy_row(void* destination, const void* source, std::size_t bytes, bool str
                         _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + at)));
   }
   if (at < bytes) {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to + at),
-                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at)));
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + at), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at)));
   }
 }
 

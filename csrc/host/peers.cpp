@@ -136,7 +136,8 @@ void Peers::wait(Step step, std::uint32_t sequence, const std::vector<int>& sour
     relax();
   }
   const auto started = Clock::now();
-  const auto deadline = started + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(timeout_s_));
+  const auto deadline =
+      started + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(timeout_s_));
   auto next_check = started + kIdlePeriod;
   while (true) {
     __atomic_fetch_add(&header->sleepers, 1, __ATOMIC_SEQ_CST);

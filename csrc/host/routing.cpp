@@ -125,10 +125,10 @@ Counts count_rows(const Placement& placement, int num_ranks, const std::int64_t*
       const std::int64_t expert = topk_idx[token * topk + position];
       if (expert == -1) continue;
       if (expert < -1 || expert >= num_experts) {
-        throw Error(ErrorKind::kConfig,
-                    "topk_idx[" + std::to_string(token) + ", " + std::to_string(position) + "] is " +
-                        std::to_string(expert) + ", but expert ids run from 0 to " + std::to_string(num_experts - 1) +
-                        " (-1: none); fix the router or num_experts");
+        throw Error(ErrorKind::kConfig, "topk_idx[" + std::to_string(token) + ", " + std::to_string(position) +
+                                            "] is " + std::to_string(expert) + ", but expert ids run from 0 to " +
+                                            std::to_string(num_experts - 1) +
+                                            " (-1: none); fix the router or num_experts");
       }
       ++counts.per_expert[at(expert)];
       const std::int32_t rank = placement.rank_of_expert[at(expert)];

@@ -43,7 +43,7 @@ struct Routing {
   // Entries of token t: [entry_begin[t], entry_begin[t + 1]), ranks ascending, then positions ascending.
   std::vector<std::int64_t> entry_begin;
   std::vector<Entry> entries;
-  std::int64_t entries_to_peers = 0;  // entries whose rank is another one
+  std::int64_t entries_to_peers = 0;       // entries whose rank is another one
   std::vector<std::int64_t> rows_at_rank;  // rows of every rank's receive block, padding included
 
   std::int64_t num_rows = 0;      // rows returned to this rank's caller

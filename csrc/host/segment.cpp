@@ -63,11 +63,10 @@ Segment Segment::open(const SegmentAddress& address) {
   const std::string path = "/proc/" + std::to_string(address.pid) + "/fd/" + std::to_string(address.descriptor);
   const int descriptor = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
   if (descriptor < 0) {
-    throw Error(ErrorKind::kUnavailable,
-                "can't open a peer's shared memory at " + path + ": " + std::strerror(errno) +
-                    "; ranks need one PID namespace and one user");
+    throw Error(ErrorKind::kUnavailable, "can't open a peer's shared memory at " + path + ": " + std::strerror(errno) +
+                                             "; ranks need one PID namespace and one user");
   }
-  struct stat status {};
+  struct stat status{};
   if (fstat(descriptor, &status) != 0 || static_cast<std::uint64_t>(status.st_dev) != address.device ||
       static_cast<std::uint64_t>(status.st_ino) != address.inode) {
     ::close(descriptor);
@@ -79,7 +78,7 @@ Segment Segment::open(const SegmentAddress& address) {
 }
 
 SegmentAddress Segment::address() const {
-  struct stat status {};
+  struct stat status{};
   fstat(descriptor_, &status);
   return SegmentAddress{static_cast<std::int64_t>(getpid()), descriptor_, static_cast<std::uint64_t>(status.st_dev),
                         static_cast<std::uint64_t>(status.st_ino), bytes_};

@@ -6,6 +6,7 @@ so nothing here shares an idea, or a mistake, with the kernels that are compared
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from ..errors import CapacityError, ConfigError, PeerMismatch, PeerTimeout
 from ..handle import DispatchHandle
 from ..types import CombineOutput, DispatchOutput, DoneEvent, Event, Layout
-from ..wire import num_scales, quantize_blocks
+from ..wire import quantize_blocks
 from .base import Backend, BackendContext, CombineRequest, DispatchRequest
 
 _HEADER = ("operation", "sequence", "layout", "row_bytes", "has_scale", "has_weights", "reuses_handle", "max_recv")
@@ -83,8 +84,7 @@ class CollectiveBackend(Backend):
             if state.entry_position is not None:
                 sent = sent.gather(1, state.entry_position[:, None])[:, 0]
             else:
-                sent = sent * (self._rank_on(sent.device)[state.topk_idx[state.entry_token]] == state.entry_rank[:, None])
-                sent = sent.masked_fill(state.topk_idx[state.entry_token] < 0, 0.0)
+                sent = sent.masked_fill(~self._held_there(state), 0.0)
             weights = self._place(self._send(sent, state), state, handle.num_rows)
         return DispatchOutput(
             x=out_rows,
@@ -112,9 +112,7 @@ class CollectiveBackend(Backend):
             if state.entry_position is not None:
                 values[state.entry_token, state.entry_position] = sent_back
             else:
-                idx = state.topk_idx[state.entry_token]
-                mine = (self._rank_on(x.device)[idx] == state.entry_rank[:, None]) & (idx >= 0)
-                entry, position = mine.nonzero(as_tuple=True)
+                entry, position = self._held_there(state).nonzero(as_tuple=True)
                 values[state.entry_token[entry], position] = sent_back[entry, position]
         return CombineOutput(x=x, row_values=values, event=self._event())
 
@@ -122,6 +120,11 @@ class CollectiveBackend(Backend):
 
     def _rank_on(self, device: torch.device) -> torch.Tensor:
         return self._rank_of.to(device)
+
+    def _held_there(self, state: _State) -> torch.Tensor:
+        """Bool [num_entries, num_topk]: whether an expert of the entry's token lives on the entry's rank."""
+        idx = state.topk_idx[state.entry_token]
+        return (self._rank_on(idx.device)[idx] == state.entry_rank[:, None]) & (idx >= 0)
 
     def _route(self, request: DispatchRequest, rows: torch.Tensor) -> tuple[_State, torch.Tensor]:
         idx = request.topk_idx
@@ -164,7 +167,14 @@ class CollectiveBackend(Backend):
             row_of_recv = torch.arange(sum(recv_splits), device=idx.device)
         return (
             _State(
-                entry_rank, entry_token, entry_position, partial.topk_idx, send_splits, recv_splits, row_of_recv, recv_idx
+                entry_rank,
+                entry_token,
+                entry_position,
+                partial.topk_idx,
+                send_splits,
+                recv_splits,
+                row_of_recv,
+                recv_idx,
             ),
             counts,
         )
@@ -258,8 +268,8 @@ class CollectiveBackend(Backend):
             for name, theirs, ours in zip(_HEADER[:_COMPARED], other.tolist(), mine.tolist(), strict=False):
                 if theirs != ours:
                     raise PeerMismatch(
-                        f"rank {rank} differs from rank {self._c.rank} at operation {self._sequence}: {name} is {theirs} "
-                        f"there and {ours} here; call the same operations in the same order on every rank"
+                        f"rank {rank} differs from rank {self._c.rank} at operation {self._sequence}: {name} is "
+                        f"{theirs} there and {ours} here; call the same operations in the same order on every rank"
                     )
         counts = everyone[:, len(_HEADER) :]
         if isinstance(request, DispatchRequest) and request.handle is None:
@@ -312,13 +322,11 @@ class CollectiveBackend(Backend):
     def _all_to_all_counts(self, send: list[int]) -> list[int]:
         return self._all_gather(torch.tensor(send))[:, self._c.rank].tolist()
 
-    def _start(self, call):  # type: ignore[no-untyped-def]
+    def _start(self, call: Callable[[], dist.Work | None]) -> dist.Work | None:
         try:
             return call()
         except RuntimeError as error:
-            raise PeerTimeout(
-                f"rank {self._c.rank} lost its peers at operation {self._sequence}: {error}"
-            ) from error
+            raise PeerTimeout(f"rank {self._c.rank} lost its peers at operation {self._sequence}: {error}") from error
 
     def _all_to_all(self, rows: torch.Tensor, send: list[int], recv: list[int]) -> torch.Tensor:
         # As bytes: process-group backends differ in the element types that they know.

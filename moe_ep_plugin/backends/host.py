@@ -124,7 +124,7 @@ class HostBackend(Backend):
             self._note_copy_out()
         if handle is None:
             handle = self._make_handle(request, result.routing, num_topk)
-        rows, layout = handle.num_rows, handle.layout
+        rows, layout, has_weights = handle.num_rows, handle.layout, request.topk_weights is not None
         block = result.block
 
         def array(offset: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -137,7 +137,9 @@ class HostBackend(Backend):
             scale=array(result.scales_offset, torch.float32, rows, num_scales(config.hidden)) if has_scale else None,
             topk_idx=array(result.indices_offset, torch.int64, rows, num_topk) if layout == "rank" else None,
             topk_weights=(
-                array(result.weights_offset, torch.float32, *weights_shape) if request.topk_weights is not None else None
+                array(result.weights_offset, torch.float32, *weights_shape)
+                if request.topk_weights is not None
+                else None
             ),
             tokens_per_expert=self._tokens_per_expert(handle),
             handle=handle,
@@ -216,4 +218,6 @@ def _tensor(block: Any, offset: int, dtype: torch.dtype, shape: tuple[int, ...])
     if count == 0:
         return torch.empty(shape, dtype=dtype)
     flat = torch.frombuffer(block, dtype=dtype, count=count, offset=offset)
-    return torch.empty(0, dtype=dtype).set_(flat.untyped_storage(), flat.storage_offset(), shape)
+    strides = torch.empty(shape, device="meta").stride()
+    out: torch.Tensor = torch.empty(0, dtype=dtype).set_(flat.untyped_storage(), flat.storage_offset(), shape, strides)
+    return out

@@ -64,5 +64,3 @@ def agree(context: BackendContext, reason: str | None, what: str) -> None:
     told = [f"rank {rank}: {a['reason']}" for rank, a in enumerate(answers) if a["reason"] is not None]
     if told:
         raise BackendUnavailable(f"{what} can't be used: {'; '.join(told)}")
-
-

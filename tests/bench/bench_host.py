@@ -143,7 +143,8 @@ def count_wire() -> dict[str, object]:
     plain = torch.tensor([float(leaving)])
     dist.all_reduce(ours)
     dist.all_reduce(plain)
-    return {"ranks": num_ranks, "fp8_bytes": int(ours), "bf16_all_to_all_bytes": int(plain), "saved": float(1 - ours / plain)}
+    saved = float(1 - ours / plain)
+    return {"ranks": num_ranks, "fp8_bytes": int(ours), "bf16_all_to_all_bytes": int(plain), "saved": saved}
 
 
 def main() -> None:
@@ -166,9 +167,11 @@ def main() -> None:
         timed = results["timed"] = [time_shape(shape, options.iterations) for shape in SHAPES]
         for result in timed if rank == 0 else ():
             ms = result["ms"]
-            print(f"\n{result['shape']} fp32, {result['ranks']} ranks, {result['received_bytes_all_ranks'] / 1e6:.0f} MB received")
+            received = result["received_bytes_all_ranks"] / 1e6
+            print(f"\n{result['shape']} fp32, {result['ranks']} ranks, {received:.0f} MB received by all")
             for name, value in ms.items():
-                print(f"  {name:16s} {value:8.2f} ms   {ms['permute + gloo'] / value:5.2f} x   {value / ms['copy']:5.2f} copies")
+                times_faster, copies = ms["permute + gloo"] / value, value / ms["copy"]
+                print(f"  {name:16s} {value:8.2f} ms   {times_faster:5.2f} x   {copies:5.2f} copies")
     if rank == 0:
         write_json(options.json, results)
     dist.destroy_process_group()

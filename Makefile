@@ -1,0 +1,92 @@
+# `make` lists the targets. PYTHON makes the virtual environment; everything runs in VENV.
+PYTHON ?= python3
+VENV ?= .venv
+RANKS ?= 4
+ARGS ?=
+CXX ?= g++
+NVCC ?= nvcc
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+HOST_SOURCES := $(wildcard csrc/host/*.cpp)
+CUDA_SOURCES := $(shell find csrc/cuda -name '*.cu' 2>/dev/null)
+CPP_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+CUDA_ARCHITECTURES := 80 90a 100a
+
+.PHONY: help venv test lint format types pretrain example bench kernels tsan clean
+
+help:  ## This list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(READY)  ## Set up $(VENV): torch, this package (editable) and what tests and examples need
+
+# torch first and on its own: the index decides between its CPU and GPU builds, and nothing later replaces it.
+$(READY): setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,examples]'
+	$(BIN)/python -m moe_ep_plugin
+	touch $@
+
+test: $(READY)  ## All tests; ARGS="tests/test_wire.py -k nan" for some
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)  ## ruff and clang-format, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(CPP_FILES),$(BIN)/clang-format --dry-run --Werror $(CPP_FILES))
+
+format: $(READY)  ## Reformat Python and C++
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CPP_FILES),$(BIN)/clang-format -i $(CPP_FILES))
+
+types: $(READY)  ## mypy on the package
+	$(BIN)/mypy
+
+pretrain: $(READY)  ## Train a small MoE GPT with Megatron-Core, RANKS processes; options in ARGS
+	$(BIN)/torchrun --nproc-per-node $(RANKS) examples/pretrain_megatron_moe.py $(ARGS)
+
+example: $(READY)  ## The API in thirty lines
+	$(BIN)/torchrun --nproc-per-node $(RANKS) examples/dispatch_combine.py $(ARGS)
+
+bench: $(READY)  ## Host backend against index-permute and gloo all-to-all
+	$(BIN)/python tests/bench/bench_host.py $(ARGS)
+
+kernels:  ## Compile every CUDA kernel for every architecture; needs nvcc but no GPU
+ifeq ($(CUDA_SOURCES),)
+	@echo "kernels: skipped: csrc/cuda has no kernels in this version"
+else ifeq ($(shell command -v $(NVCC) 2>/dev/null),)
+	@echo "kernels: skipped: $(NVCC) was not found"
+else
+	@set -e; mkdir -p build/kernels; for source in $(CUDA_SOURCES); do for arch in $(CUDA_ARCHITECTURES); do \
+	  echo "$$source sm_$$arch"; \
+	  $(NVCC) -std=c++17 -O3 -Icsrc -gencode=arch=compute_$$arch,code=sm_$$arch \
+	    -c $$source -o build/kernels/$$(basename $$source .cu).sm_$$arch.o; \
+	done; done
+endif
+
+tsan:  ## Stress the host protocol under ThreadSanitizer
+ifeq ($(wildcard tests/native/host_stress.cpp),)
+	@echo "tsan: skipped: tests/native/host_stress.cpp is not there"
+else
+	@set -e; mkdir -p build/tsan; avx2=$(AVX2); \
+	for source in $(HOST_SOURCES) tests/native/host_stress.cpp; do \
+	  flags=; case $$source in \
+	    */kernels_avx2.cpp) test -n "$$avx2" || continue; flags="-mavx2 -mf16c -mno-fma";; \
+	  esac; \
+	  $(CXX) -std=c++17 -O1 -g -fsanitize=thread -fno-math-errno -ffp-contract=off -Wall -Wextra -Wno-psabi -pthread \
+	    -Icsrc $$avx2 $$flags -c $$source -o build/tsan/$$(basename $$source .cpp).o; \
+	  objects="$$objects build/tsan/$$(basename $$source .cpp).o"; \
+	done; \
+	$(CXX) -fsanitize=thread -pthread $$objects -lrt -o build/tsan/host_stress
+	TSAN_OPTIONS="halt_on_error=1 second_deadlock_stack=1" build/tsan/host_stress $(ARGS)
+endif
+
+# The AVX2 file is part of the build on x86-64 only, as in setup.py.
+AVX2 := $(if $(filter x86_64 amd64,$(shell uname -m)),$(if $(wildcard csrc/host/kernels_avx2.cpp),-DMOE_EP_HAVE_AVX2=1))
+
+clean:  ## Remove what builds and tests made; the virtual environment stays
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f moe_ep_plugin/*.so moe_ep_plugin/_build_info.json

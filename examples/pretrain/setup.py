@@ -1,0 +1,62 @@
+"""Joins the job: torch, Megatron-Core and the dispatcher, on whatever devices this machine has."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+
+import torch
+import torch.distributed as dist
+
+from .options import Launch
+
+
+def join(launch: Launch, options: argparse.Namespace) -> torch.device:
+    """Prepare this process and form the process groups; returns the device to train on."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        # Ranks that each use every core slow each other down.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.num_local_ranks))
+        # Megatron-Core passes functions to torch.compile, which takes minutes and a C++ compiler on a CPU.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # NCCL refuses two ranks on one GPU.
+    kind = "cpu:gloo,cuda:nccl" if on_gpu and launch.num_local_ranks <= torch.cuda.device_count() else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(kind)
+    else:
+        dist.init_process_group(kind, store=dist.HashStore(), rank=0, world_size=1)
+
+    # Both packages warn about options that are not used here.
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.")
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from moe_ep_plugin.integrations import megatron
+
+    if not on_gpu:
+        megatron.enable_cpu()
+    if options.moe_token_dispatcher == "deepep":
+        megatron.install(backend=options.backend)
+    parallel_state.initialize_model_parallel(
+        expert_model_parallel_size=options.expert_parallel, expert_tensor_parallel_size=1
+    )
+    torch.manual_seed(options.seed)
+    model_parallel_cuda_manual_seed(options.seed)
+    return device
+
+
+def leave() -> None:
+    """Take the process groups down, once every rank is done with them."""
+    from megatron.core import parallel_state
+
+    from moe_ep_plugin.integrations import megatron
+
+    dist.barrier()
+    megatron.uninstall()
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

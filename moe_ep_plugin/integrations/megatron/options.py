@@ -1,0 +1,38 @@
+"""What a Megatron job can set on our dispatcher, by ``install(...)`` or by flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ...types import BackendName, Expand, Wire
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Settings of every buffer that the MoE layers make; equal on every rank. See :class:`EpConfig`.
+
+    Attributes:
+        backend: How bytes move.
+        wire: ``"fp8"`` quantises rows while they are sent and dequantises them for the experts.
+        power_of_two_scales: FP8 scales rounded up to powers of two.
+        expand: How expert-major rows are made.
+        host_threads: Copy threads a rank uses on the host backend.
+        num_sms: SMs that communication kernels may use.
+        pool_bytes: Most bytes for leased rows.
+        timeout_s: Longest wait for a peer, in seconds.
+        max_tokens_per_rank: Most tokens that a rank brings to one MoE layer. None: the next power of two
+            from twice the largest count over ranks in the first forward.
+        take_flex: Serve layers of type ``"flex"`` too, not only ``"deepep"``. The command line needs it,
+            where Megatron's own parser knows no other value.
+    """
+
+    backend: BackendName = field(default="auto", metadata={"help": "auto | host | cuda | collective"})
+    wire: Wire = field(default="bf16", metadata={"help": "bf16 (unquantised) | fp8"})
+    power_of_two_scales: bool = False
+    expand: Expand = "auto"
+    host_threads: int | None = field(default=None, metadata={"help": "copy threads per rank, host backend"})
+    num_sms: int | None = field(default=None, metadata={"help": "SMs for communication kernels"})
+    pool_bytes: int | None = field(default=None, metadata={"help": "most bytes for leased rows"})
+    timeout_s: float = field(default=100.0, metadata={"help": "longest wait for a peer, seconds", "flag": "timeout"})
+    max_tokens_per_rank: int | None = field(default=None, metadata={"help": "most tokens a rank brings to a layer"})
+    take_flex: bool = False

@@ -1,0 +1,130 @@
+"""The buffers of one installation: shared by all MoE layers, made on first use, closed together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ...bootstrap import exchange, group_rank_and_size
+from ...buffer import EpBuffer
+from ...config import EpConfig
+from ...dispatcher import TokenDispatcher
+from ...errors import ConfigError
+from .options import Options
+
+_Key = tuple[dist.ProcessGroup | None, int, int, int, torch.dtype]
+
+
+class Session:
+    """Options and buffers of one :func:`install`.
+
+    Layers that agree on group, experts, top-k, hidden size and dtype share a buffer: MoE layers run one
+    after the other, so one heap serves a whole model.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self._dispatchers: dict[_Key, TokenDispatcher] = {}
+
+    def configure(self, **changes: Any) -> None:
+        """Change options.
+
+        Raises:
+            ConfigError: An option is unknown, or buffers that were made with the old ones are open.
+        """
+        try:
+            options = replace(self.options, **changes)
+        except TypeError as error:
+            raise ConfigError.of(
+                "install()", f"called with {sorted(changes)}", f"{error}", f"use fields of {Options.__name__}"
+            ) from error
+        if options != self.options and self._dispatchers:
+            raise ConfigError.of(
+                "install()",
+                f"called with {changes}",
+                f"buffers are open with {self.options}",
+                "install before the first forward, or close() the session",
+            )
+        self.options = options
+
+    def dispatcher(
+        self,
+        group: dist.ProcessGroup | None,
+        *,
+        num_experts: int,
+        num_topk: int,
+        hidden: int,
+        dtype: torch.dtype,
+        num_tokens: int,
+    ) -> TokenDispatcher:
+        """The dispatcher for layers of this shape; the first call with a shape is collective over ``group``.
+
+        Args:
+            group: Ranks that share the experts.
+            num_experts: Experts in the group; a tensor-parallel shard of an expert counts as one.
+            num_topk: Columns of the routing.
+            hidden: Elements in a row.
+            dtype: Widest dtype of rows.
+            num_tokens: Tokens of this rank, from which the heap is sized unless an option says it.
+        """
+        key = (group, num_experts, num_topk, hidden, dtype)
+        if key not in self._dispatchers:
+            self._dispatchers[key] = self._make(key, num_tokens)
+        return self._dispatchers[key]
+
+    def _make(self, key: _Key, num_tokens: int) -> TokenDispatcher:
+        group, num_experts, num_topk, hidden, dtype = key
+        options = self.options
+        limit = options.max_tokens_per_rank
+        if limit is None:
+            _, num_ranks = group_rank_and_size(group)
+            counts = exchange(group, num_ranks, {"num_tokens": num_tokens}, options.timeout_s, "the first MoE dispatch")
+            most = max(int(message["num_tokens"]) for message in counts)
+            # Micro-batches and evaluation batches differ in length; twice the first covers the usual spread.
+            limit = 1 << max(2 * most - 1, 1).bit_length()
+        config = EpConfig(
+            num_experts=num_experts,
+            num_topk=num_topk,
+            hidden=hidden,
+            max_tokens_per_rank=limit,
+            dtype=dtype,
+            backend=options.backend,
+            wire=options.wire,
+            power_of_two_scales=options.power_of_two_scales,
+            expand=options.expand,
+            host_threads=options.host_threads,
+            num_sms=options.num_sms,
+            pool_bytes=options.pool_bytes,
+            timeout_s=options.timeout_s,
+        )
+        return TokenDispatcher(EpBuffer(group, config))
+
+    @property
+    def buffers(self) -> list[EpBuffer]:
+        """Open buffers, in the order they were made."""
+        return [dispatcher.buffer for dispatcher in self._dispatchers.values()]
+
+    def statistics(self) -> dict[str, Any]:
+        """Totals over the open buffers of this rank, for reports.
+
+        Returns:
+            ``buffers`` (their number), ``backend`` (names, joined), ``operations``, ``bytes_to_peers``,
+            ``dispatch_seconds`` and ``combine_seconds`` (time the calling thread spent), ``copied_out`` and
+            ``staged``; see :class:`~moe_ep_plugin.backends.base.BufferStats`.
+        """
+        buffers = self.buffers
+        totals: dict[str, Any] = {
+            "buffers": len(buffers),
+            "backend": "+".join(sorted({buffer.backend for buffer in buffers})),
+        }
+        for name in ("operations", "bytes_to_peers", "dispatch_seconds", "combine_seconds", "copied_out", "staged"):
+            totals[name] = sum(getattr(buffer.stats, name) for buffer in buffers)
+        return totals
+
+    def close(self) -> None:
+        """Close every buffer; idempotent. Layers make new ones if they run again."""
+        while self._dispatchers:
+            self._dispatchers.popitem()[1].buffer.close()

@@ -1,0 +1,1 @@
+"""Tests, mirroring moe_ep_plugin/."""

@@ -1,0 +1,185 @@
+"""The training job as a user meets it: what it leaves, exact resume, Ctrl-C, and what it says to mistakes."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from .programs import EXAMPLES, TIMEOUT_S, TINY, environment, records, result, run, torchrun_command
+
+PROGRAM = "pretrain_megatron_moe.py"
+
+pytest.importorskip("megatron.core")
+pytest.importorskip("matplotlib")
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    out: Path
+    checkpoints: Path
+    stdout: str
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("text")
+    for i in range(12):
+        (directory / f"{i}.txt").write_text(f"the quick brown fox number {i} jumps over the lazy dog\n" * 8)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, text: Path) -> FinishedRun:
+    out = tmp_path_factory.mktemp("finished")
+    checkpoints = out / "saved"
+    saving = ["--save", checkpoints, "--save-interval", 4]
+    done = run(torchrun_command(2, PROGRAM, *TINY, "--data", text, "--steps", "8", "--out", out, *map(str, saving)))
+    assert done.returncode == 0, done.stderr
+    return FinishedRun(out, checkpoints, done.stdout)
+
+
+def test_leaves_metrics_plot_and_result(finished: FinishedRun) -> None:
+    steps = [r for r in records(finished.out) if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 9))
+    assert all({"lr", "tokens_per_second", "comm_share", "time"} <= r.keys() for r in steps)
+    assert all(0 < r["comm_share"] < 1 for r in steps)
+    assert [r["step"] for r in records(finished.out) if "validation_loss" in r] == [4, 8]
+    assert (finished.out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    numbers = result(finished.stdout)
+    assert (numbers["ranks"], numbers["expert_parallel"], numbers["steps"]) == (2, 2, 8)
+    assert numbers["dispatcher"] == "deepep" and numbers["backend"] in ("host", "collective")
+    assert numbers["first_loss"] == pytest.approx(steps[0]["loss"], abs=1e-6)
+    assert numbers["last_loss"] == pytest.approx(steps[-1]["loss"], abs=1e-6)
+    assert numbers["last_loss"] < numbers["first_loss"]
+    assert numbers["validation_loss"] < numbers["first_loss"]
+    assert numbers["bigram_loss"] > 0 and numbers["tokens_per_second"] > 0
+
+
+def test_resumed_run_has_the_same_bits(finished: FinishedRun, text: Path, tmp_path: Path) -> None:
+    start = finished.checkpoints / "step-00000004"
+    arguments = [
+        *TINY,
+        "--data",
+        text,
+        "--steps",
+        "8",
+        "--out",
+        tmp_path,
+        "--load",
+        start,
+        "--save",
+        tmp_path / "saved",
+    ]
+    done = run(torchrun_command(2, PROGRAM, *arguments))
+    assert done.returncode == 0, done.stderr
+    numbers = ("step", "loss", "lr", "validation_loss")
+    resumed = [{k: r[k] for k in numbers if k in r} for r in records(tmp_path)]
+    whole = [{k: r[k] for k in numbers if k in r} for r in records(finished.out) if r["step"] > 4]
+    assert resumed == whole and len(resumed) == 5
+    assert result(done.stdout)["first_loss"] == result(finished.stdout)["first_loss"]
+
+    import torch
+
+    for file in ("rank-00000.pt", "rank-00001.pt"):
+        ends = [torch.load(d / "step-00000008" / file) for d in (finished.checkpoints, tmp_path / "saved")]
+        for mine, theirs in zip(ends[0]["optimizer"]["masters"], ends[1]["optimizer"]["masters"], strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def processes_of(marker: Path) -> list[str]:
+    """Command lines, of any process, in which ``marker`` occurs."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = entry.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(marker).encode() in words:
+            found.append(b" ".join(words).decode())
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
+def test_ctrl_c_saves_and_leaves_nothing_behind(text: Path, tmp_path: Path) -> None:
+    before = set(os.listdir("/dev/shm"))
+    command = torchrun_command(2, PROGRAM, *TINY, "--data", text, "--steps", "100000", "--out", tmp_path)
+    job = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + TIMEOUT_S
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+            assert job.poll() is None and time.monotonic() < deadline, job.communicate(timeout=30)
+            time.sleep(0.1)
+        mine = {name for name in set(os.listdir("/dev/shm")) - before if "moe" in name}
+        job.send_signal(signal.SIGINT)
+        stdout, _ = job.communicate(timeout=60)
+    finally:
+        job.kill()
+        job.wait()
+    assert job.returncode != 0
+    assert "interrupted after step" in stdout and "go on with: torchrun --nproc-per-node 2" in stdout
+    step = int(stdout.split("interrupted after step ")[1].split()[0])
+    folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+    assert sorted(p.name for p in folder.iterdir()) == ["rank-00000.pt", "rank-00001.pt"]
+    assert processes_of(tmp_path) == []
+    assert not mine & set(os.listdir("/dev/shm"))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "arguments", "says"),
+    [
+        (4, ["--experts", "6"], "--experts 6: it must be a multiple of the 4 ranks"),
+        (4, ["--expert-parallel", "3"], "--expert-parallel 3: it must divide the number of ranks, 4"),
+        (1, ["--experts", "2", "--topk", "3"], "--topk 3: there are only 2 experts"),
+        (1, ["--hidden-size", "100"], "--hidden-size 100: it must be a multiple of 32"),
+        (1, ["--steps", "0"], "argument --steps: 0 is below 1"),
+        (1, ["--moe-token-dispatcher", "none"], "invalid choice: 'none'"),
+        (1, ["--data", "no-such-place"], "--data no-such-place: there is no such file or directory"),
+        (1, ["--data", "{empty}"], "no text in {empty}"),
+        (1, ["--data", "{short}"], "the training files hold 9 bytes, 129 are needed"),
+        (1, ["--load", "no-such-place"], "--load no-such-place: there is no such directory"),
+        (1, ["--load", "{empty}"], "--load {empty}: no complete checkpoint is in it"),
+        (1, ["--save-interval", "5"], "--save-interval: say where to with --save DIR"),
+        (1, ["--out", "{short}/text"], "--out {short}/text: it exists and is not a directory"),
+    ],
+)
+def test_mistakes_are_explained(
+    ranks: int,
+    arguments: list[str],
+    says: str,
+    tmp_path: Path,
+    examples_on_path: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {name: str(tmp_path / name) for name in ("empty", "short")}
+    for place in places.values():
+        Path(place).mkdir()
+    (tmp_path / "short" / "text").write_text("ten bytes.")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(sys, "argv", [PROGRAM, *(a.format(**places) for a in arguments)])
+    # The program gives Ctrl-C back its default action while it starts; here it must keep pytest's.
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLES / PROGRAM), run_name="__main__")
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and says.format(**places) in said
+
+
+def test_checkpoint_of_another_run_is_refused(finished: FinishedRun, text: Path, tmp_path: Path) -> None:
+    wrong_ranks = run([sys.executable, str(EXAMPLES / PROGRAM), "--load", str(finished.checkpoints)])
+    assert wrong_ranks.returncode == 2
+    assert "it was saved by 2 ranks, this is a run of 1" in wrong_ranks.stderr
+    arguments = [*TINY, "--data", text, "--steps", "8", "--lr", "1e-4", "--out", tmp_path]
+    done = run(torchrun_command(2, PROGRAM, *arguments, "--load", finished.checkpoints))
+    assert done.returncode != 0
+    assert "lr: 0.004 there, 0.0001 here" in done.stderr

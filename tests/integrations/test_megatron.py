@@ -1,0 +1,143 @@
+"""Megatron-Core on our dispatcher: the same numbers as its own alltoall, or as a dense computation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from .conftest import Megatron
+
+Ranks = Callable[[str], list[dict[str, Any]]]
+
+
+def worst(one: list[float], other: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("world", ["world2", "world4"])
+def test_loss_of_fifty_steps_equals_alltoall(ranks_of: Ranks, world: str) -> None:
+    for rank in ranks_of(world):
+        alltoall, deepep = rank["train"]["alltoall"], rank["train"]["deepep"]
+        assert len(deepep) == 50
+        assert worst(alltoall, deepep) < 1e-4
+        assert deepep[-1] < deepep[0] - 1, "nothing was learnt, so equal losses say little"
+
+
+def test_two_runs_give_the_same_bits(ranks_of: Ranks) -> None:
+    for rank in ranks_of("world2"):
+        assert rank["train"]["deepep"] == rank["train"]["again"]
+
+
+def test_bf16_loss_equals_alltoall(ranks_of: Ranks) -> None:
+    for rank in ranks_of("world2"):
+        alltoall, deepep = rank["train_bf16"]["alltoall"], rank["train_bf16"]["deepep"]
+        assert worst(alltoall, deepep) < 2e-2
+        assert deepep[-1] < deepep[0] - 1
+
+
+def test_expert_parallel_beside_expert_data_parallel(ranks_of: Ranks) -> None:
+    for rank in ranks_of("world4"):
+        assert worst(rank["expert_dp"]["alltoall"], rank["expert_dp"]["deepep"]) < 1e-4
+
+
+def test_layers_share_one_buffer_that_is_used(ranks_of: Ranks) -> None:
+    for rank in ranks_of("world2"):
+        statistics = rank["buffers"]
+        assert statistics["buffers"] == 1
+        # Two layers, fifty steps, dispatch and combine, forward and backward.
+        assert statistics["operations"] == 2 * 50 * 2 * 2
+        assert statistics["dispatch_seconds"] > 0 and statistics["combine_seconds"] > 0
+        assert statistics["backend"] in ("host", "collective")
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["dropless", "capacity", "pad_to_capacity", "shared", "shared_overlap", "recompute", "fp64_router"],
+)
+def test_layer_equals_alltoall(ranks_of: Ranks, case: str) -> None:
+    for rank in ranks_of("world2"):
+        found = rank["layers"][case]
+        assert not found["missing"] and not found["shapes"]
+        assert {"output", "x.grad", "seen.rows", "seen.probs", "seen.counts", "grad.router.weight"} <= set(
+            found["differences"]
+        )
+        assert found["output_norm"] > 0
+        beyond = {name: value for name, value in found["differences"].items() if not value < 1e-5}
+        assert not beyond
+        assert found["differences"]["seen.counts"] == 0 and found["differences"]["seen.rows"] == 0
+
+
+def test_capacity_shows_in_what_experts_receive(ranks_of: Ranks) -> None:
+    ranks = ranks_of("world2")
+    for rank in ranks:
+        layers = rank["layers"]
+        # 32 tokens a rank, top-2 of 8 experts: capacity is 4 at factor 0.5 and 8 at 1.0, from each of two ranks.
+        assert all(count <= 8 for count in layers["capacity"]["counts"])
+        assert layers["pad_to_capacity"]["counts"] == [16] * 4
+    dropped, kept = (sum(sum(rank["layers"][case]["counts"]) for rank in ranks) for case in ("capacity", "dropless"))
+    assert dropped < kept == 2 * 32 * 2
+
+
+def test_identity_experts_restore_tokens_and_gradients(ranks_of: Ranks) -> None:
+    ranks = ranks_of("world2")
+    assert ranks[0]["identity"]["rank_distinct"] != ranks[1]["identity"]["rank_distinct"]
+    assert sum(rank["identity"]["rows"] for rank in ranks) == 2 * 32 * 2
+    for rank in ranks:
+        assert rank["identity"]["restored"] and rank["identity"]["gradient"]
+
+
+@pytest.mark.parametrize(
+    ("world", "groups"),
+    [("world2", "dense"), ("world2", "dense_ep1"), ("world2", "dense_tp2"), ("world4", "dense_tp2_ep2")],
+)
+@pytest.mark.parametrize("case", ["random", "all_to_one", "ragged", "none", "more_than_max_topk"])
+def test_dispatcher_equals_dense_reference(ranks_of: Ranks, world: str, groups: str, case: str) -> None:
+    for rank in ranks_of(world):
+        found = rank[groups][case]
+        assert found["counts_dtype"] == "torch.int64"
+        assert (found["norm"] == 0) == (case == "none")
+        tolerance = 1e-5 * max(1.0, found["norm"])
+        assert all(found[name] <= tolerance for name in ("output", "x.grad", "probs.grad")), found
+
+
+def test_tensor_parallel_shards_receive_the_same_rows(ranks_of: Ranks) -> None:
+    ranks = ranks_of("world4")
+    counts = [rank["dense_tp2_ep2"]["random"]["counts"] for rank in ranks]
+    assert counts[0] == counts[1] and counts[2] == counts[3]
+    assert sum(counts[0]) + sum(counts[2]) == 4 * 12 * 2
+
+
+def test_more_experts_than_columns_are_sent_as_several_rows(ranks_of: Ranks) -> None:
+    for rank in ranks_of("world2"):
+        assert rank["dense_ep1"]["max_topk"] < 40
+        # Of four tokens two go to all 40 experts, one to the first three, one to none.
+        assert rank["dense_ep1"]["more_than_max_topk"]["counts"] == [3] * 3 + [2] * 37
+
+
+def test_router_padding_equals_alltoall(ranks_of: Ranks) -> None:
+    for rank in ranks_of("world2"):
+        found = rank["router_padding"]
+        assert found["counts"][0] == found["counts"][1]
+        assert all(count % 16 == 0 for count in found["counts"][1])
+        assert found["rows_equal"] and found["gates_equal"]
+        assert found["output"] < 1e-5
+        assert found["map_kept"], "the router's map was written to"
+
+
+def test_one_forward_one_backward_schedule_finds_what_it_reads(ranks_of: Ranks) -> None:
+    for rank in ranks_of("world2"):
+        found = rank["overlap"]
+        assert found["type_is_flex"] and found["contract"] and found["counts"]
+        assert all(found["cudagraph_attrs"])
+        assert found["zero_copy"] == [None, None]
+        # Stages are detached from each other, and gradients arrive all the same.
+        assert found["output"] < 1e-5 and found["x.grad"] < 1e-5 and found["probs.grad"] < 1e-4
+        # Rows that experts save for backward are kept; other dispatchers and other stages are as before.
+        assert found["freed"] == {"ours": False, "other": True, "combine": True}
+
+
+def test_install_is_idempotent(measured: dict[str, Any], megatron: Megatron) -> None:
+    assert measured["version"] == megatron.version
+    assert measured["idempotent"]
