@@ -127,8 +127,9 @@ class Backend(ABC):
     def empty_rows(self, handle: DispatchHandle, dtype: torch.dtype) -> torch.Tensor:
         """Uninitialised [handle.num_rows, hidden] that a combine can read without a copy, if any can."""
 
+    @abstractmethod
     def abandon(self, reason: str) -> None:
-        """Tell peers that this rank has failed and does nothing more, where the backend can."""
+        """Tell peers, where that is possible, that this rank has failed and does nothing more."""
 
     @abstractmethod
     def close(self) -> None:

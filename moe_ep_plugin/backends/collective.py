@@ -54,6 +54,9 @@ class CollectiveBackend(Backend):
         self._rank_of = torch.tensor(context.placement.expert_to_rank)
         self._local_of = torch.tensor(context.placement.local_index)
 
+    def abandon(self, reason: str) -> None:
+        """Nothing can be told: the process group may be what failed."""
+
     def close(self) -> None:
         """Nothing to give back."""
 

@@ -136,11 +136,7 @@ class HostBackend(Backend):
             x=array(0, FP8_DTYPE if has_scale else x.dtype, rows, config.hidden),
             scale=array(result.scales_offset, torch.float32, rows, num_scales(config.hidden)) if has_scale else None,
             topk_idx=array(result.indices_offset, torch.int64, rows, num_topk) if layout == "rank" else None,
-            topk_weights=(
-                array(result.weights_offset, torch.float32, *weights_shape)
-                if request.topk_weights is not None
-                else None
-            ),
+            topk_weights=array(result.weights_offset, torch.float32, *weights_shape) if has_weights else None,
             tokens_per_expert=self._tokens_per_expert(handle),
             handle=handle,
             event=DoneEvent(),
