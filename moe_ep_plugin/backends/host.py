@@ -145,7 +145,8 @@ class HostBackend(Backend):
     def combine(self, request: CombineRequest) -> CombineOutput:
         """See :class:`Backend`."""
         handle, rows = request.handle, request.rows
-        out = torch.empty(handle.num_tokens, self._c.config.hidden, dtype=rows.dtype)
+        # Fresh memory of this size costs more in page faults than the whole combine; the pool's pages are there.
+        out = self._leased((handle.num_tokens, self._c.config.hidden), rows.dtype)
         values = None if request.row_values is None else torch.empty(handle.num_tokens, handle.num_topk)
         result = self._communicator.combine(
             rows=rows.data_ptr(),
@@ -163,9 +164,7 @@ class HostBackend(Backend):
 
     def empty_rows(self, handle: DispatchHandle, dtype: torch.dtype) -> torch.Tensor:
         """A lease of the heap, or ordinary memory where the pool is used up."""
-        shape = (handle.num_rows, self._c.config.hidden)
-        block = self._communicator.lease(max(1, math.prod(shape) * dtype.itemsize))
-        return torch.empty(shape, dtype=dtype) if block is None else _tensor(block, 0, dtype, shape)
+        return self._leased((handle.num_rows, self._c.config.hidden), dtype)
 
     def abandon(self, reason: str) -> None:
         """See :class:`Backend`."""
@@ -175,6 +174,10 @@ class HostBackend(Backend):
         """See :class:`Backend`. The heap itself lives on while leased tensors do."""
         self._communicator.depart(_CLOSED, "")
         self._communicator = self._heap = None
+
+    def _leased(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        block = self._communicator.lease(max(1, math.prod(shape) * dtype.itemsize))
+        return torch.empty(shape, dtype=dtype) if block is None else _tensor(block, 0, dtype, shape)
 
     def _make_handle(self, request: DispatchRequest, routing: Any, num_topk: int) -> DispatchHandle:
         return DispatchHandle(
