@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -43,7 +44,10 @@ void translate(std::exception_ptr thrown) {
     if (thrown) std::rethrow_exception(thrown);
   } catch (const Error& error) {
     const py::object type = py::module_::import("moe_ep_plugin.errors").attr(python_name(error.kind()));
-    PyErr_SetString(type.ptr(), error.what());
+    // A message may quote another process's text, cut anywhere.
+    const py::object text = py::reinterpret_steal<py::object>(
+        PyUnicode_DecodeUTF8(error.what(), static_cast<py::ssize_t>(std::strlen(error.what())), "replace"));
+    PyErr_SetObject(type.ptr(), text.ptr());
   }
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .errors import EpError, PeerMismatch, PeerTimeout
+from .errors import ConfigError, PeerMismatch, PeerTimeout
 
 _MESSAGE_BYTES = 16384
 
@@ -20,7 +20,9 @@ def group_rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
         return 0, 1
     rank = dist.get_rank(group)
     if rank < 0:
-        raise EpError("group does not contain this process; build the buffer on its members only")
+        raise ConfigError.of(
+            "group", "without this process", "a buffer is built by the members of its group", "call it on those only"
+        )
     return rank, dist.get_world_size(group)
 
 
@@ -44,7 +46,12 @@ def exchange(
         return [message]
     text = json.dumps(message).encode()
     if len(text) > _MESSAGE_BYTES - 8:
-        raise EpError(f"start-up message for {what} is {len(text)} bytes, above {_MESSAGE_BYTES - 8}")
+        raise ConfigError.of(
+            f"the start-up message at {what}",
+            f"{len(text)} bytes",
+            f"at most {_MESSAGE_BYTES - 8} are exchanged",
+            "shorten EpConfig.expert_to_rank",
+        )
     device = _message_device(group)
     mine = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)
     mine[:8] = torch.tensor([len(text)], dtype=torch.int64).view(torch.uint8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, get_args
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_TOPK = 32
 ROW_ALIGNMENT_BYTES = 16
+MAX_TIMEOUT_S = 1_000_000
 
 
 def _require(ok: bool, argument: str, value: object, limit: str, remedy: str) -> None:
@@ -26,7 +26,9 @@ def _require(ok: bool, argument: str, value: object, limit: str, remedy: str) ->
 
 @dataclass(frozen=True, kw_only=True)
 class EpConfig:
-    """Everything about an expert-parallel buffer that its ranks must agree on.
+    """Settings of an expert-parallel buffer.
+
+    All but ``host_threads``, ``num_sms`` and ``shm_dir`` must be equal on all ranks, which is checked.
 
     Attributes:
         num_experts: Experts in the whole group, at least 1. May be fewer than ranks and need not divide
@@ -45,10 +47,11 @@ class EpConfig:
             ``"expert"``.
         expert_to_rank: The rank of every expert. None: contiguous, as even as possible.
         expand: How layout ``"expert"`` is made: ``"direct"`` writes every copy from the sender,
-            ``"two_stage"`` sends a token once per rank and fans it out there; ``"auto"`` lets a cost
-            model choose.
-        num_sms: SMs that communication kernels may use. None: from a measured model. Not used on CPUs.
-        host_threads: Copy threads a rank uses on the host backend. None: cores divided by ranks.
+            ``"two_stage"`` sends a token once per rank and fans it out there; ``"auto"`` takes what moves
+            fewer bytes through the slowest link, which is ``"direct"`` inside one machine's memory.
+        num_sms: SMs that communication kernels may use. No effect on the CPU backends.
+        host_threads: Copy threads a rank uses on the host backend. None: this process's cores divided by
+            the ranks that share them.
         pool_bytes: Most bytes of the heap for leased rows. None: see :meth:`memory_plan`. When it is
             used up, received rows are copied out of the heap instead, and that is counted and logged.
         shm_dir: Directory of a tmpfs that the host backend takes memory from.
@@ -83,7 +86,7 @@ class EpConfig:
         for name in ("num_sms", "host_threads", "pool_bytes"):
             value = getattr(self, name)
             _require(
-                value is None or (isinstance(value, int) and value >= 1),
+                value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1),
                 name,
                 repr(value),
                 "it must be None or a whole number of at least 1",
@@ -106,20 +109,23 @@ class EpConfig:
         )
         self.check_row_bytes(self.dtype)
         _require(
-            self.device is None or torch.device(self.device).type in ("cpu", "cuda"),
+            self.device is None or (isinstance(self.device, str) and self.device.split(":")[0] in ("cpu", "cuda")),
             "device",
             repr(self.device),
             "rows live on 'cpu' or 'cuda'",
             "choose one of these, or leave it out",
         )
         _require(
-            isinstance(self.timeout_s, (int, float)) and math.isfinite(self.timeout_s) and self.timeout_s > 0,
+            isinstance(self.timeout_s, (int, float)) and 0 < self.timeout_s <= MAX_TIMEOUT_S,
             "timeout_s",
             repr(self.timeout_s),
-            "it must be a positive, finite number of seconds",
+            f"it must be a number of seconds above 0 and at most {MAX_TIMEOUT_S}",
             "use a large value such as 3600 if waits are long",
         )
+        _require(isinstance(self.shm_dir, str), "shm_dir", repr(self.shm_dir), "it must be a path", "use '/dev/shm'")
         if self.expert_to_rank is not None:
+            whole = all(isinstance(rank, int) for rank in self.expert_to_rank)
+            _require(whole, "expert_to_rank", self.expert_to_rank, "it must hold whole numbers", "give a rank each")
             object.__setattr__(self, "expert_to_rank", tuple(int(r) for r in self.expert_to_rank))
             _require(
                 len(self.expert_to_rank) == self.num_experts,

@@ -24,7 +24,6 @@ class DispatchHandle:
         num_received: Rows among ``num_rows`` that carry a token (the others are padding).
         tokens_per_expert: int64 [num_local_experts], CPU: received rows per local expert, no padding.
         max_recv_tokens: The fixed row count asked for, or None.
-        has_weights: Whether ``topk_weights`` travelled with the rows.
         buffer_id: Identifies the buffer that made the handle; another buffer refuses it.
         state: The backend's own routing tables.
     """
@@ -36,6 +35,5 @@ class DispatchHandle:
     num_received: int
     tokens_per_expert: torch.Tensor
     max_recv_tokens: int | None
-    has_weights: bool
     buffer_id: int
     state: Any = field(repr=False)

@@ -40,11 +40,12 @@ def quantize_blocks(x: torch.Tensor, power_of_two: bool = False) -> tuple[torch.
     padded = padded.view(rows, blocks, FP8_BLOCK)
     finite = torch.where(torch.isfinite(padded), padded, 0.0)
     amax = finite.abs().amax(dim=-1).clamp_min(MIN_AMAX)
-    scale = amax / FP8_MAX
+    # By a tensor: on GPUs, torch divides by a Python number through its reciprocal, which rounds differently.
+    scale = amax / torch.full_like(amax, FP8_MAX)
     if power_of_two:
         mantissa, exponent = torch.frexp(scale)
         scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
-    scaled = padded * (1.0 / scale).unsqueeze(-1)
+    scaled = padded * (torch.ones_like(scale) / scale).unsqueeze(-1)
     # Rounding in the reciprocal may push the largest element one ulp past 448.
     scaled = torch.where(torch.isfinite(padded), scaled.clamp(-FP8_MAX, FP8_MAX), torch.nan)
     q = scaled.view(rows, blocks * FP8_BLOCK)[:, :hidden].to(FP8_DTYPE)

@@ -38,18 +38,16 @@ enum class RowLayout : std::int32_t { kExpert = 0, kRank = 1 };
 
 // What a rank tells every peer at the start of an operation. The first group must be equal on all ranks.
 struct OperationPost {
-  std::int32_t operation;
-  std::int32_t layout;
-  std::int32_t element;
-  std::int32_t row_bytes;
-  std::int32_t scale_bytes;
-  std::int32_t topk;
-  std::int32_t has_weights;
-  std::int32_t has_values;
-  std::int32_t reuses_handle;
+  std::int64_t operation;
+  std::int64_t layout;
+  std::int64_t element;
+  std::int64_t row_bytes;
+  std::int64_t scale_bytes;
+  std::int64_t topk;
+  std::int64_t has_weights;
+  std::int64_t has_values;
+  std::int64_t routing_id;  // sequence number of the dispatch that made the handle; 0: this one makes it
 
-  std::uint32_t sequence;
-  std::int64_t num_tokens;
   std::int64_t max_recv_rows;  // -1: exact sizes
   std::int64_t block_offset;   // dispatch: where peers may write; combine: where they may read
   std::int64_t block_bytes;    // -1: this rank could not find room, the operation is off
@@ -64,7 +62,7 @@ struct Grant {
 
 // One flag a cache line: sources write theirs at the same time.
 struct alignas(kCacheLine) Flag {
-  std::uint32_t value;
+  std::uint64_t value;
 };
 
 struct alignas(kCacheLine) Departure {

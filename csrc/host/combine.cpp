@@ -4,13 +4,12 @@
 
 #include "host/communicator.h"
 #include "host/errors.h"
+#include "host/index.h"
 
 namespace moe_ep {
 namespace {
 
 constexpr const char* kName = "combine";
-
-std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 
 }  // namespace
 
@@ -58,9 +57,7 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
   post.topk = static_cast<std::int32_t>(routing.topk);
   post.has_weights = arguments.has_weights;
   post.has_values = arguments.has_values;
-  post.reuses_handle = 1;
-  post.sequence = sequence_;
-  post.num_tokens = routing.num_tokens;
+  post.routing_id = routing.id;
   post.block_bytes = room.offset < 0 ? -1 : static_cast<std::int64_t>(arrays.total);
   post.block_offset =
       in_place ? static_cast<const std::uint8_t*>(arguments.rows) - peers_->base(peers_->rank()) : room.offset;

@@ -12,7 +12,7 @@ namespace {
 
 struct ComparedField {
   const char* name;
-  std::int32_t OperationPost::* field;
+  std::int64_t OperationPost::* field;
 };
 
 constexpr ComparedField kComparedFields[] = {
@@ -24,7 +24,7 @@ constexpr ComparedField kComparedFields[] = {
     {"topk", &OperationPost::topk},
     {"has topk_weights", &OperationPost::has_weights},
     {"has row_values", &OperationPost::has_values},
-    {"reuses a handle", &OperationPost::reuses_handle},
+    {"handle (the operation that made it; 0: none)", &OperationPost::routing_id},
 };
 
 }  // namespace
@@ -101,16 +101,18 @@ std::vector<Counts> Communicator::gather_counts() const {
   return counts;
 }
 
-void Communicator::no_room(int rank, const char* operation, std::size_t bytes) const {
-  std::string message = "rank " + std::to_string(rank) + " has no room for " + std::to_string(bytes) + " bytes in " +
-                        operation + " " + std::to_string(sequence_);
+void Communicator::no_room(int rank, const char* operation, std::size_t own_bytes) const {
+  std::string message =
+      "rank " + std::to_string(rank) + " has no room for its rows in " + operation + " " + std::to_string(sequence_);
   if (rank == peers_->rank()) {
     const int failure = pool_->last_errno();
-    message += " in " + pool_->segment().directory() + ": " +
-               (failure != 0 ? std::strerror(failure) : "the pool is used up and the rows exceed the overflow region");
+    message += " (" + std::to_string(own_bytes) + " bytes in " + pool_->segment().directory() + ": " +
+               (failure != 0 ? std::strerror(failure) : "the pool is used up and they exceed the overflow region") +
+               ")";
   }
-  throw Error(ErrorKind::kCapacity,
-              message + "; enlarge the tmpfs or pool_bytes, dispatch fewer tokens, or use backend='collective'");
+  throw Error(ErrorKind::kCapacity, message +
+                                        "; enlarge that tmpfs (docker run --shm-size) or pool_bytes, hold fewer "
+                                        "received tensors, or use backend='collective'");
 }
 
 }  // namespace moe_ep

@@ -111,7 +111,7 @@ class Communicator {
   std::vector<Counts> gather_counts() const;
   void check_max_recv(const RoutingRequest& request) const;
   std::vector<std::uint8_t*> agree_on_blocks(const Routing& routing, const Sizes& sizes, Room& room);
-  [[noreturn]] void no_room(int rank, const char* operation, std::size_t bytes) const;
+  [[noreturn]] void no_room(int rank, const char* operation, std::size_t own_bytes) const;
   void send(const DispatchArguments& arguments, const Routing& routing, const Sizes& sizes,
             const std::vector<std::uint8_t*>& blocks);
   void send_metadata(const DispatchArguments& arguments, const Routing& routing, const Sizes& sizes, const Entry& entry,
@@ -130,7 +130,7 @@ class Communicator {
   bool two_stage_;
   Workers workers_;
   const Kernels& kernels_;
-  std::uint32_t sequence_ = 0;
+  std::uint64_t sequence_ = 0;
   std::size_t expected_bytes_ = 0;  // of the next receive block, from those before
 };
 

@@ -1,17 +1,17 @@
 // Dispatch: exchange counts, agree on receive blocks, write every row once into its slot, finish locally.
 #include <cstring>
+#include <limits>
 #include <string>
 #include <utility>
 
 #include "host/communicator.h"
 #include "host/errors.h"
+#include "host/index.h"
 
 namespace moe_ep {
 namespace {
 
 constexpr const char* kName = "dispatch";
-
-std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 
 std::size_t scales_per_row(std::int64_t hidden) { return (at(hidden) + kFp8Block - 1) / kFp8Block; }
 
@@ -30,9 +30,9 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
   // A reused two-stage handle knows its fan-out; rank-major output wants the ids every time.
   sizes.index = layout == RowLayout::kRank || (two_stage_ && !reuses) ? sizeof(std::int64_t) * at(topk) : 0;
 
-  Counts mine;
+  LocalRoutes routes;
   if (!reuses) {
-    mine = count_rows(placement_, peers_->num_ranks(), arguments.topk_idx, arguments.num_tokens, topk);
+    routes = read_routes(placement_, peers_->num_ranks(), arguments.topk_idx, arguments.num_tokens, topk);
   }
   ++sequence_;
   Room room;
@@ -46,15 +46,13 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
   post.scale_bytes = static_cast<std::int32_t>(sizes.scale);
   post.topk = static_cast<std::int32_t>(topk);
   post.has_weights = arguments.has_weights;
-  post.reuses_handle = reuses;
-  post.sequence = sequence_;
-  post.num_tokens = arguments.num_tokens;
+  post.routing_id = reuses ? arguments.routing->id : 0;
   post.max_recv_rows = reuses ? arguments.routing->max_recv_rows : arguments.max_recv_rows;
   if (room.lease != nullptr) {
     room.offset = post.block_offset = static_cast<std::int64_t>(room.lease->offset());
     post.block_bytes = static_cast<std::int64_t>(room.lease->bytes());
   }
-  publish(post, reuses ? nullptr : &mine);
+  publish(post, reuses ? nullptr : &routes.counts);
   peers_->wait_all(Step::kPost, sequence_, kName);
   compare_posts(post);
 
@@ -66,10 +64,17 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
     for (int source = 0; source < peers_->num_ranks(); ++source) {
       max_recv_rows.push_back(peers_->post(peers_->rank(), sequence_, source)->max_recv_rows);
     }
-    const RoutingRequest request{layout,         two_stage_, arguments.topk_idx, arguments.num_tokens, topk, alignment_,
-                                 peers_->rank(), counts,     max_recv_rows};
+    const RoutingRequest request{static_cast<std::int64_t>(sequence_),
+                                 layout,
+                                 two_stage_,
+                                 arguments.num_tokens,
+                                 topk,
+                                 alignment_,
+                                 peers_->rank(),
+                                 counts,
+                                 max_recv_rows};
     check_max_recv(request);
-    fresh = std::make_shared<Routing>(make_routing(placement_, request));
+    fresh = std::make_shared<Routing>(make_routing(placement_, request, std::move(routes.expert_ids)));
     routing = fresh;
   }
 
@@ -98,6 +103,7 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
     return result;
   }
   result.offsets = sizes.block(routing->num_rows);
+  if (result.offsets.total == 0) return result;
   if (room.lease != nullptr) {
     room.lease->trim(result.offsets.total);
     result.block = Block{own_block, result.offsets.total, std::move(room.lease)};
@@ -112,9 +118,12 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
 void Communicator::check_max_recv(const RoutingRequest& request) const {
   for (int rank = 0; rank < peers_->num_ranks(); ++rank) {
     const std::int64_t limit = request.max_recv_rows[at(rank)];
-    if (limit < 0) continue;
     const std::int64_t need = exact_rows(placement_, request, rank);
-    if (need <= limit) continue;
+    if (need > std::numeric_limits<std::int32_t>::max()) {
+      throw Error(ErrorKind::kCapacity, "rank " + std::to_string(rank) + " would receive " + std::to_string(need) +
+                                            " rows, but slots are 32-bit; dispatch fewer tokens at a time");
+    }
+    if (limit < 0 || need <= limit) continue;
     throw Error(ErrorKind::kCapacity, "rank " + std::to_string(rank) + " would receive " + std::to_string(need) +
                                           " rows, but its max_recv_tokens is " + std::to_string(limit) +
                                           "; raise max_recv_tokens or leave it out for exact sizes");
@@ -130,7 +139,7 @@ std::vector<std::uint8_t*> Communicator::agree_on_blocks(const Routing& routing,
     const OperationPost* post = peers_->post(peers_->rank(), sequence_, rank);
     offsets.push_back(post->block_offset);
     const std::size_t need = sizes.block(routing.block_rows(rank)).total;
-    if (static_cast<std::size_t>(post->block_bytes) >= need && post->block_bytes > 0) continue;
+    if (static_cast<std::size_t>(post->block_bytes) >= need) continue;
     granting.push_back(rank);
     if (rank != peers_->rank()) continue;
     room = Room{};

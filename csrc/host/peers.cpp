@@ -91,15 +91,15 @@ Peers::~Peers() {
   }
 }
 
-OperationPost* Peers::post(int reader, std::uint32_t sequence, int source) const {
+OperationPost* Peers::post(int reader, std::uint64_t sequence, int source) const {
   return reinterpret_cast<OperationPost*>(base(reader) + layout_.post(sequence & 1, static_cast<std::size_t>(source)));
 }
 
-Grant* Peers::grant(int reader, std::uint32_t sequence, int source) const {
+Grant* Peers::grant(int reader, std::uint64_t sequence, int source) const {
   return reinterpret_cast<Grant*>(base(reader) + layout_.grant(sequence & 1, static_cast<std::size_t>(source)));
 }
 
-std::uint32_t* Peers::flag(int reader, Step step, int source) const {
+std::uint64_t* Peers::flag(int reader, Step step, int source) const {
   return &reinterpret_cast<Flag*>(base(reader) + layout_.flag(step, static_cast<std::size_t>(source)))->value;
 }
 
@@ -109,22 +109,21 @@ void Peers::ring(int reader) {
   if (__atomic_load_n(&header->sleepers, __ATOMIC_SEQ_CST) != 0) futex_wake(&header->doorbell);
 }
 
-void Peers::signal(int reader, Step step, std::uint32_t sequence) {
+void Peers::signal(int reader, Step step, std::uint64_t sequence) {
   __atomic_store_n(flag(reader, step, rank_), sequence, __ATOMIC_RELEASE);
   ring(reader);
 }
 
-void Peers::signal_all(Step step, std::uint32_t sequence) {
+void Peers::signal_all(Step step, std::uint64_t sequence) {
   // Starting behind oneself spreads the wake-ups, as every rank does this at about the same time.
   for (int i = 1; i <= num_ranks(); ++i) signal((rank_ + i) % num_ranks(), step, sequence);
 }
 
-bool Peers::reached(Step step, std::uint32_t sequence, int source) const {
-  const std::uint32_t seen = __atomic_load_n(flag(rank_, step, source), __ATOMIC_ACQUIRE);
-  return static_cast<std::int32_t>(seen - sequence) >= 0;
+bool Peers::reached(Step step, std::uint64_t sequence, int source) const {
+  return __atomic_load_n(flag(rank_, step, source), __ATOMIC_ACQUIRE) >= sequence;
 }
 
-void Peers::wait(Step step, std::uint32_t sequence, const std::vector<int>& sources, const char* operation) {
+void Peers::wait(Step step, std::uint64_t sequence, const std::vector<int>& sources, const char* operation) {
   auto* header = reinterpret_cast<HeapHeader*>(base(rank_));
   std::size_t next = 0;
   const auto all_reached = [&] {
@@ -149,6 +148,7 @@ void Peers::wait(Step step, std::uint32_t sequence, const std::vector<int>& sour
     }
     __atomic_fetch_sub(&header->sleepers, 1, __ATOMIC_SEQ_CST);
     if (done || all_reached()) return;
+    if (departed_.load()) throw Error(ErrorKind::kState, "the buffer was closed while an operation was in flight");
     const auto now = Clock::now();
     if (now < next_check && now < deadline) continue;
     next_check = now + kIdlePeriod;
@@ -167,12 +167,12 @@ bool Peers::process_ended(int rank) const {
   const int descriptor = descriptors_[static_cast<std::size_t>(rank)];
   if (descriptor >= 0) {
     pollfd query{descriptor, POLLIN, 0};
-    return poll(&query, 1, 0) > 0;
+    return poll(&query, 1, 0) > 0 && (query.revents & POLLIN) != 0;
   }
   return kill(static_cast<pid_t>(pid), 0) != 0 && errno == ESRCH;
 }
 
-void Peers::check_alive(Step step, std::uint32_t sequence, const std::vector<int>& sources, const char* operation) {
+void Peers::check_alive(Step step, std::uint64_t sequence, const std::vector<int>& sources, const char* operation) {
   for (int source : sources) {
     auto* departure = reinterpret_cast<Departure*>(base(rank_) + layout_.departure(static_cast<std::size_t>(source)));
     const std::uint32_t state = __atomic_load_n(&departure->state, __ATOMIC_ACQUIRE);
@@ -187,9 +187,9 @@ void Peers::check_alive(Step step, std::uint32_t sequence, const std::vector<int
   }
 }
 
-void Peers::fail(int source, Step step, std::uint32_t sequence, const char* operation, bool lost,
+void Peers::fail(int source, Step step, std::uint64_t sequence, const char* operation, bool lost,
                  const std::string& why) const {
-  const std::uint32_t seen = __atomic_load_n(flag(rank_, step, source), __ATOMIC_ACQUIRE);
+  const std::uint64_t seen = __atomic_load_n(flag(rank_, step, source), __ATOMIC_ACQUIRE);
   std::string message = "rank " + std::to_string(rank_) + " waited ";
   if (!lost) message += seconds(timeout_s_) + " ";
   message += "for rank " + std::to_string(source) + " (pid " +
@@ -200,6 +200,8 @@ void Peers::fail(int source, Step step, std::uint32_t sequence, const char* oper
 }
 
 void Peers::depart(std::uint32_t state, const std::string& text) {
+  departed_.store(true);
+  ring(rank_);
   for (int reader = 0; reader < num_ranks(); ++reader) {
     if (reader == rank_) continue;
     auto* departure = reinterpret_cast<Departure*>(base(reader) + layout_.departure(static_cast<std::size_t>(rank_)));

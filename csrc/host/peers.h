@@ -1,6 +1,7 @@
 // Flags between ranks: setting them in peers' heaps, and waiting for them in one's own, bounded.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -31,28 +32,29 @@ class Peers {
   std::uint8_t* base(int rank) const { return bases_[static_cast<std::size_t>(rank)]; }
 
   // The post that `source` made in `reader`'s heap, followed by its counts.
-  OperationPost* post(int reader, std::uint32_t sequence, int source) const;
-  Grant* grant(int reader, std::uint32_t sequence, int source) const;
+  OperationPost* post(int reader, std::uint64_t sequence, int source) const;
+  Grant* grant(int reader, std::uint64_t sequence, int source) const;
 
   // Tells `reader` that this rank has done `step` of operation `sequence`; releases all earlier writes.
-  void signal(int reader, Step step, std::uint32_t sequence);
-  void signal_all(Step step, std::uint32_t sequence);
+  void signal(int reader, Step step, std::uint64_t sequence);
+  void signal_all(Step step, std::uint64_t sequence);
 
   // Waits until all `sources` have signalled `step` for `sequence` or a later one; acquires their writes.
   // Throws kTimeout or kLost, naming who waited for whom, in what, expected and seen.
-  void wait(Step step, std::uint32_t sequence, const std::vector<int>& sources, const char* operation);
-  void wait_all(Step step, std::uint32_t sequence, const char* operation) { wait(step, sequence, all_, operation); }
+  void wait(Step step, std::uint64_t sequence, const std::vector<int>& sources, const char* operation);
+  void wait_all(Step step, std::uint64_t sequence, const char* operation) { wait(step, sequence, all_, operation); }
 
-  // Tells all peers that this rank takes part in nothing more: state 1 closed, 2 failed.
+  // Tells all peers that this rank takes part in nothing more: state 1 closed, 2 failed. Ends a wait of this
+  // rank in another thread.
   void depart(std::uint32_t state, const std::string& text);
 
  private:
-  std::uint32_t* flag(int reader, Step step, int source) const;
-  bool reached(Step step, std::uint32_t sequence, int source) const;
-  void check_alive(Step step, std::uint32_t sequence, const std::vector<int>& sources, const char* operation);
+  std::uint64_t* flag(int reader, Step step, int source) const;
+  bool reached(Step step, std::uint64_t sequence, int source) const;
+  void check_alive(Step step, std::uint64_t sequence, const std::vector<int>& sources, const char* operation);
   bool process_ended(int rank) const;
   void ring(int reader);
-  [[noreturn]] void fail(int source, Step step, std::uint32_t sequence, const char* operation, bool lost,
+  [[noreturn]] void fail(int source, Step step, std::uint64_t sequence, const char* operation, bool lost,
                          const std::string& why) const;
 
   int rank_;
@@ -64,6 +66,7 @@ class Peers {
   double timeout_s_;
   std::function<void()> on_idle_;
   int spins_;
+  std::atomic<bool> departed_{false};
 };
 
 }  // namespace moe_ep

@@ -1,6 +1,7 @@
 #include "host/pool.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <iterator>
 #include <string>
@@ -33,9 +34,13 @@ Pool::Pool(Segment segment, const HeapLayout& layout)
 
 int Pool::commit(std::size_t& committed, std::size_t end, std::size_t limit) {
   if (end <= committed) return 0;
-  const std::size_t stepped = std::min(align_up(end, kCommitStep), limit);
-  const int failure = segment_.commit(committed, stepped);
-  if (failure == 0) committed = stepped;
+  std::size_t taken = std::min(align_up(end, kCommitStep), limit);
+  int failure = segment_.commit(committed, taken);
+  if (failure == ENOSPC) {
+    taken = end;
+    failure = segment_.commit(committed, taken);
+  }
+  if (failure == 0) committed = taken;
   return failure;
 }
 
@@ -82,6 +87,11 @@ bool Pool::contains(const void* address) const {
   const auto* at = static_cast<const std::uint8_t*>(address);
   const auto* begin = segment_.base() + layout_.pool();
   return at >= begin && at < begin + layout_.pool_bytes;
+}
+
+int Pool::last_errno() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return last_errno_;
 }
 
 std::size_t Pool::leased_bytes() const {

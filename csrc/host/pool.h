@@ -39,7 +39,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
 
   // Null if there is no room; `last_errno` then tells a full tmpfs (ENOSPC) from a used-up pool (0).
   std::shared_ptr<Lease> allocate(std::size_t bytes);
-  int last_errno() const { return last_errno_; }
+  int last_errno() const;
   bool contains(const void* address) const;
   std::size_t leased_bytes() const;
   // Takes memory for the first `bytes` of the overflow region. Returns 0 or errno.

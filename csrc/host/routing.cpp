@@ -2,13 +2,13 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 #include "host/errors.h"
+#include "host/index.h"
 
 namespace moe_ep {
 namespace {
-
-std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 
 std::int64_t aligned(std::int64_t rows, std::int64_t alignment) {
   return (rows + alignment - 1) / alignment * alignment;
@@ -115,28 +115,31 @@ Placement::Placement(const std::vector<std::int32_t>& expert_to_rank, int num_ra
   }
 }
 
-Counts count_rows(const Placement& placement, int num_ranks, const std::int64_t* topk_idx, std::int64_t num_tokens,
-                  std::int64_t topk) {
+LocalRoutes read_routes(const Placement& placement, int num_ranks, const std::int64_t* topk_idx,
+                        std::int64_t num_tokens, std::int64_t topk) {
   const auto num_experts = static_cast<std::int64_t>(placement.rank_of_expert.size());
-  Counts counts{std::vector<std::int32_t>(at(num_experts), 0), std::vector<std::int32_t>(at(num_ranks), 0)};
+  LocalRoutes routes;
+  routes.expert_ids.reserve(at(num_tokens * topk));
+  routes.counts = Counts{std::vector<std::int32_t>(at(num_experts), 0), std::vector<std::int32_t>(at(num_ranks), 0)};
   std::vector<std::int64_t> last_token(at(num_ranks), -1);
   for (std::int64_t token = 0; token < num_tokens; ++token) {
     for (std::int64_t position = 0; position < topk; ++position) {
       const std::int64_t expert = topk_idx[token * topk + position];
-      if (expert == -1) continue;
       if (expert < -1 || expert >= num_experts) {
         throw Error(ErrorKind::kConfig, "topk_idx[" + std::to_string(token) + ", " + std::to_string(position) +
                                             "] is " + std::to_string(expert) + ", but expert ids run from 0 to " +
                                             std::to_string(num_experts - 1) +
                                             " (-1: none); fix the router or num_experts");
       }
-      ++counts.per_expert[at(expert)];
+      routes.expert_ids.push_back(static_cast<std::int32_t>(expert));
+      if (expert == -1) continue;
+      ++routes.counts.per_expert[at(expert)];
       const std::int32_t rank = placement.rank_of_expert[at(expert)];
-      if (last_token[at(rank)] != token) ++counts.per_rank[at(rank)];
+      if (last_token[at(rank)] != token) ++routes.counts.per_rank[at(rank)];
       last_token[at(rank)] = token;
     }
   }
-  return counts;
+  return routes;
 }
 
 std::int64_t exact_rows(const Placement& placement, const RoutingRequest& request, int rank) {
@@ -148,14 +151,15 @@ std::int64_t exact_rows(const Placement& placement, const RoutingRequest& reques
   return rows;
 }
 
-Routing make_routing(const Placement& placement, const RoutingRequest& request) {
+Routing make_routing(const Placement& placement, const RoutingRequest& request, std::vector<std::int32_t> expert_ids) {
   Routing routing;
+  routing.id = request.id;
   routing.layout = request.layout;
   routing.two_stage = request.two_stage && request.layout == RowLayout::kExpert;
   routing.num_tokens = request.num_tokens;
   routing.topk = request.topk;
   routing.max_recv_rows = request.max_recv_rows[at(request.rank)];
-  routing.expert_ids.assign(request.topk_idx, request.topk_idx + request.num_tokens * request.topk);
+  routing.expert_ids = std::move(expert_ids);
   for (int rank = 0; rank < static_cast<int>(request.counts.size()); ++rank) {
     const std::int64_t fixed = request.max_recv_rows[at(rank)];
     if (routing.two_stage) {

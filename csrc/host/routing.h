@@ -33,6 +33,7 @@ struct Counts {
 
 // The routing state of a dispatch, kept by its handle.
 struct Routing {
+  std::int64_t id = 0;  // sequence number of the dispatch that made it: equal on all ranks
   RowLayout layout = RowLayout::kExpert;
   bool two_stage = false;  // layout expert made from rank-major rows by a local pass
   std::int64_t num_tokens = 0;
@@ -63,14 +64,20 @@ struct Routing {
   std::int64_t block_rows(int rank) const { return rows_at_rank[static_cast<std::size_t>(rank)]; }
 };
 
-// Counts one source's rows. Throws kConfig for an id outside [-1, num_experts).
-Counts count_rows(const Placement& placement, int num_ranks, const std::int64_t* topk_idx, std::int64_t num_tokens,
-                  std::int64_t topk);
+// What this rank wants to send: its ids, read once so that nothing can change under the counts.
+struct LocalRoutes {
+  std::vector<std::int32_t> expert_ids;
+  Counts counts;
+};
+
+// Throws kConfig for an id outside [-1, num_experts).
+LocalRoutes read_routes(const Placement& placement, int num_ranks, const std::int64_t* topk_idx,
+                        std::int64_t num_tokens, std::int64_t topk);
 
 struct RoutingRequest {
+  std::int64_t id;
   RowLayout layout;
   bool two_stage;
-  const std::int64_t* topk_idx;
   std::int64_t num_tokens;
   std::int64_t topk;
   std::int64_t alignment;
@@ -83,7 +90,7 @@ struct RoutingRequest {
 // Rows that `rank` returns to its caller before any fixed row count: padding included.
 std::int64_t exact_rows(const Placement& placement, const RoutingRequest& request, int rank);
 
-Routing make_routing(const Placement& placement, const RoutingRequest& request);
+Routing make_routing(const Placement& placement, const RoutingRequest& request, std::vector<std::int32_t> expert_ids);
 
 // Completes the routing of two stages from the local expert ids that arrived with the rows.
 void add_fan_out(Routing& routing, const std::int64_t* received_ids);

@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <utility>
@@ -13,6 +14,8 @@
 
 namespace moe_ep {
 namespace {
+
+constexpr std::size_t kLargestStep = std::size_t{64} << 20;
 
 std::uint8_t* map_shared(int descriptor, std::size_t bytes, const std::string& what) {
   void* base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, descriptor, 0);
@@ -85,7 +88,15 @@ SegmentAddress Segment::address() const {
 }
 
 int Segment::commit(std::size_t begin, std::size_t end) {
-  return begin >= end ? 0 : posix_fallocate(descriptor_, static_cast<off_t>(begin), static_cast<off_t>(end - begin));
+  // In steps, and again after an interruption: older kernels give up a tmpfs allocation at any signal.
+  while (begin < end) {
+    const std::size_t step = std::min(end - begin, kLargestStep);
+    const int failure = posix_fallocate(descriptor_, static_cast<off_t>(begin), static_cast<off_t>(step));
+    if (failure == EINTR) continue;
+    if (failure != 0) return failure;
+    begin += step;
+  }
+  return 0;
 }
 
 }  // namespace moe_ep

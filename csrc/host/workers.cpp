@@ -1,11 +1,16 @@
 #include "host/workers.h"
 
-#include <utility>
+#include <system_error>
 
 namespace moe_ep {
 
 Workers::Workers(std::size_t num_threads) {
-  for (std::size_t i = 1; i < num_threads; ++i) threads_.emplace_back([this, i] { run(i); });
+  try {
+    for (std::size_t i = 1; i < num_threads; ++i) threads_.emplace_back([this, i] { run(i); });
+  } catch (const std::system_error&) {
+    // The caller's own thread does the rest.
+  }
+  parts_ = threads_.size() + 1;
 }
 
 Workers::~Workers() {
@@ -17,8 +22,13 @@ Workers::~Workers() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-std::pair<std::size_t, std::size_t> Workers::part(std::size_t items, std::size_t index, std::size_t parts) {
-  return {items * index / parts, items * (index + 1) / parts};
+void Workers::do_part(const std::function<void(std::size_t, std::size_t)>& work, std::size_t items, std::size_t index) {
+  try {
+    work(items * index / parts_, items * (index + 1) / parts_);
+  } catch (...) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (failure_ == nullptr) failure_ = std::current_exception();
+  }
 }
 
 void Workers::split(std::size_t items, const std::function<void(std::size_t, std::size_t)>& work) {
@@ -34,10 +44,10 @@ void Workers::split(std::size_t items, const std::function<void(std::size_t, std
     ++round_;
   }
   start_.notify_all();
-  const auto mine = part(items, 0, threads_.size() + 1);
-  work(mine.first, mine.second);
+  do_part(work, items, 0);
   std::unique_lock<std::mutex> lock(mutex_);
   done_.wait(lock, [this] { return running_ == 0; });
+  if (failure_ != nullptr) std::rethrow_exception(std::exchange(failure_, nullptr));
 }
 
 void Workers::run(std::size_t index) {
@@ -53,8 +63,7 @@ void Workers::run(std::size_t index) {
       work = work_;
       items = items_;
     }
-    const auto mine = part(items, index, threads_.size() + 1);
-    (*work)(mine.first, mine.second);
+    do_part(*work, items, index);
     std::lock_guard<std::mutex> lock(mutex_);
     if (--running_ == 0) done_.notify_one();
   }

@@ -3,26 +3,30 @@
 
 #include <condition_variable>
 #include <cstddef>
+#include <exception>
 #include <functional>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace moe_ep {
 
 class Workers {
  public:
+  // Fewer threads than asked for where the system refuses to start more.
   explicit Workers(std::size_t num_threads);
   ~Workers();
   Workers(const Workers&) = delete;
   Workers& operator=(const Workers&) = delete;
 
-  // Calls `work(begin, end)` over parts of [0, items) and returns when all are done. `work` must not throw.
+  // Calls `work(begin, end)` over parts of [0, items); returns, or throws what a part threw, when all are done.
   void split(std::size_t items, const std::function<void(std::size_t, std::size_t)>& work);
 
  private:
   void run(std::size_t index);
-  static std::pair<std::size_t, std::size_t> part(std::size_t items, std::size_t index, std::size_t parts);
+  // Does one part and keeps the first exception for `split` to throw.
+  void do_part(const std::function<void(std::size_t, std::size_t)>& work, std::size_t items, std::size_t index);
 
   std::vector<std::thread> threads_;
   std::mutex mutex_;
@@ -30,8 +34,10 @@ class Workers {
   std::condition_variable done_;
   const std::function<void(std::size_t, std::size_t)>* work_ = nullptr;
   std::size_t items_ = 0;
+  std::size_t parts_ = 1;
   std::size_t round_ = 0;
   std::size_t running_ = 0;
+  std::exception_ptr failure_;
   bool stopping_ = false;
 };
 

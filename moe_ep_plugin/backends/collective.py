@@ -6,8 +6,9 @@ so nothing here shares an idea, or a mistake, with the kernels that are compared
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -19,7 +20,7 @@ from ..types import CombineOutput, DispatchOutput, DoneEvent, Event, Layout
 from ..wire import quantize_blocks
 from .base import Backend, BackendContext, CombineRequest, DispatchRequest
 
-_HEADER = ("operation", "sequence", "layout", "row_bytes", "has_scale", "has_weights", "reuses_handle", "max_recv")
+_HEADER = ("operation", "sequence", "layout", "row_bytes", "has_scale", "has_weights", "handle", "max_recv")
 _COMPARED = len(_HEADER) - 1
 
 
@@ -40,10 +41,12 @@ class _State:
     row_of_recv: torch.Tensor
     """Output row of each received entry, in arrival order (source rank, then the source's order)."""
     recv_topk_idx: torch.Tensor | None
+    origin: int
+    """Number of the dispatch that made the routing: equal on all ranks."""
 
 
 class CollectiveBackend(Backend):
-    """See the module's text. One all_gather of a small header and up to three all-to-alls an operation."""
+    """See the module's text. Up to three small all-gathers and four all-to-alls an operation."""
 
     name = "collective"
 
@@ -160,7 +163,19 @@ class CollectiveBackend(Backend):
         send_splits = torch.bincount(entry_rank, minlength=self._c.num_ranks).tolist()
         recv_splits = self._all_to_all_counts(send_splits)
         local_ids = torch.where(idx >= 0, self._local_of.to(idx.device)[idx], -1)
-        partial = _State(entry_rank, entry_token, entry_position, idx.clone(), send_splits, recv_splits, token, None)
+        # Enough of a state to send with; the rows that arrive complete it.
+        unplaced = idx.new_empty(0)
+        partial = _State(
+            entry_rank,
+            entry_token,
+            entry_position,
+            idx.clone(),
+            send_splits,
+            recv_splits,
+            unplaced,
+            None,
+            self._sequence,
+        )
         if entry_position is not None:
             recv_local = self._send(local_ids[entry_token, entry_position], partial)
             row_of_recv, recv_idx = self._expert_major_rows(recv_local, counts), None
@@ -168,19 +183,7 @@ class CollectiveBackend(Backend):
             elsewhere = self._rank_on(idx.device)[idx[entry_token]] != entry_rank[:, None]
             recv_idx = self._send(local_ids[entry_token].masked_fill(elsewhere, -1), partial)
             row_of_recv = torch.arange(sum(recv_splits), device=idx.device)
-        return (
-            _State(
-                entry_rank,
-                entry_token,
-                entry_position,
-                partial.topk_idx,
-                send_splits,
-                recv_splits,
-                row_of_recv,
-                recv_idx,
-            ),
-            counts,
-        )
+        return replace(partial, row_of_recv=row_of_recv, recv_topk_idx=recv_idx), counts
 
     def _aligned(self, counts: torch.Tensor, layout: Layout) -> torch.Tensor:
         if layout == "rank":
@@ -216,7 +219,6 @@ class CollectiveBackend(Backend):
             num_received=sum(state.recv_splits),
             tokens_per_expert=local,
             max_recv_tokens=fixed,
-            has_weights=request.topk_weights is not None,
             buffer_id=self._c.buffer_id,
             state=state,
         )
@@ -254,13 +256,14 @@ class CollectiveBackend(Backend):
         self._sequence += 1
         num_experts = self._c.config.num_experts
         if isinstance(request, DispatchRequest):
-            layout, reuse, limit = request.layout, request.handle is not None, request.max_recv_tokens
+            layout, limit = request.layout, request.max_recv_tokens
+            origin = 0 if request.handle is None else request.handle.state.origin
             kind, has_scale, weights = 0, rows.dtype.itemsize == 1, request.topk_weights is not None
         else:
-            layout, reuse, limit = request.handle.layout, True, None
+            layout, limit, origin = request.handle.layout, None, request.handle.state.origin
             kind, has_scale, weights = 1, request.row_values is not None, request.row_weights is not None
         layout_code = ("expert", "rank").index(layout)
-        header = [kind, self._sequence, layout_code, rows.shape[1] * rows.dtype.itemsize, has_scale, weights, reuse]
+        header = [kind, self._sequence, layout_code, rows.shape[1] * rows.dtype.itemsize, has_scale, weights, origin]
         header.append(-1 if limit is None else limit)
         mine = torch.zeros(len(_HEADER) + num_experts, dtype=torch.long)
         mine[: len(_HEADER)] = torch.tensor([int(h) for h in header])
@@ -336,8 +339,7 @@ class CollectiveBackend(Backend):
         out = torch.empty((sum(recv), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
         if self._c.num_ranks == 1:
             return out.copy_(rows)
-        width = rows[0:1].numel() * rows.element_size() if rows.dim() > 1 and len(rows) else 0
-        width = width or int(torch.tensor(rows.shape[1:]).prod()) * rows.element_size()
+        width = math.prod(rows.shape[1:]) * rows.element_size()
         mine, theirs = (t.contiguous().view(-1).view(torch.uint8) for t in (rows, out))
         self._wait(
             self._start(

@@ -12,7 +12,7 @@ import torch
 
 from .._extension import load_host
 from ..bootstrap import exchange
-from ..errors import BackendUnavailable
+from ..errors import BackendUnavailable, StateError
 from ..handle import DispatchHandle
 from ..types import CombineOutput, DispatchOutput, DoneEvent
 from ..wire import FP8_DTYPE, num_scales
@@ -28,6 +28,23 @@ _CLOSED, _FAILED = 1, 2
 
 def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _check_room(directory: str, *, wanted: int) -> None:
+    """Refuse a tmpfs that the first balanced dispatches would fill: those need about two largest blocks in all."""
+    status = os.statvfs(directory)
+    free = status.f_bavail * status.f_frsize
+    if free < wanted:
+        raise BackendUnavailable(
+            f"{directory} has {free >> 20} MiB free, and dispatches of this size want about {wanted >> 20} MiB; "
+            "enlarge that tmpfs (docker run --shm-size), set shm_dir to a larger one, or lower max_tokens_per_rank"
+        )
+
+
+def _threads(context: BackendContext) -> int:
+    """This process's cores, divided by the ranks of the job that run on this machine."""
+    ranks_here = max(int(os.environ.get("LOCAL_WORLD_SIZE", 0)), context.num_ranks)
+    return context.config.host_threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
 
 
 def _machine_id() -> str:
@@ -48,6 +65,7 @@ class HostBackend(Backend):
         self._heap = heap
         self._communicator = communicator
         self._warned_of_copies = False
+        self._pid = os.getpid()
 
     @classmethod
     def connect(cls, context: BackendContext) -> HostBackend:
@@ -71,8 +89,9 @@ class HostBackend(Backend):
                 pool_bytes=plan.pool,
                 overflow_bytes=plan.overflow,
             )
+            _check_room(config.shm_dir, wanted=2 * plan.largest_block)
             mine |= {"machine": _machine_id(), "address": heap.address()}
-        except BackendUnavailable as error:
+        except Exception as error:  # Whatever it is, the other ranks must hear of it.
             mine["reason"] = str(error)
         everyone = exchange(context.group, context.num_ranks, mine, config.timeout_s, "the start of backend 'host'")
         told = [f"rank {rank}: {m['reason']}" for rank, m in enumerate(everyone) if m["reason"] is not None]
@@ -91,10 +110,10 @@ class HostBackend(Backend):
                 # Between processes of one machine the "link" is memory itself: writing every copy from the
                 # sender costs less than writing once, reading back and writing the copies.
                 two_stage=config.expand == "two_stage",
-                num_threads=config.host_threads or max(1, (os.cpu_count() or 1) // context.num_ranks),
+                num_threads=_threads(context),
                 timeout_s=float(config.timeout_s),
             )
-        except BackendUnavailable as error:
+        except Exception as error:
             reason = str(error)
         agree(context, reason, "backend 'host'")
         return cls(context, heap, communicator)
@@ -104,7 +123,7 @@ class HostBackend(Backend):
         config, handle, x = self._c.config, request.handle, request.x
         quantize = request.wire == "fp8" and request.scale is None
         num_topk = handle.num_topk if handle is not None else request.topk_idx.shape[1]  # type: ignore[union-attr]
-        result = self._communicator.dispatch(
+        result = self._connected().dispatch(
             x=x.data_ptr(),
             element=_ELEMENT[x.dtype],
             scales=_address(request.scale),
@@ -148,7 +167,7 @@ class HostBackend(Backend):
         # Fresh memory of this size costs more in page faults than the whole combine; the pool's pages are there.
         out = self._leased((handle.num_tokens, self._c.config.hidden), rows.dtype)
         values = None if request.row_values is None else torch.empty(handle.num_tokens, handle.num_topk)
-        result = self._communicator.combine(
+        result = self._connected().combine(
             rows=rows.data_ptr(),
             element=_ELEMENT[rows.dtype],
             hidden=self._c.config.hidden,
@@ -168,15 +187,32 @@ class HostBackend(Backend):
 
     def abandon(self, reason: str) -> None:
         """See :class:`Backend`."""
-        self._communicator.depart(_FAILED, reason)
+        self._depart(_FAILED, reason)
 
     def close(self) -> None:
         """See :class:`Backend`. The heap itself lives on while leased tensors do."""
-        self._communicator.depart(_CLOSED, "")
+        self._depart(_CLOSED, "")
         self._communicator = self._heap = None
 
+    def _connected(self) -> Any:
+        communicator = self._communicator
+        if communicator is None:
+            raise StateError("the EpBuffer was closed while an operation was in flight")
+        if os.getpid() != self._pid:
+            raise StateError(
+                f"the EpBuffer belongs to process {self._pid}, and this is process {os.getpid()}, forked from it; "
+                "make a buffer in this process"
+            )
+        return communicator
+
+    def _depart(self, state: int, reason: str) -> None:
+        # A forked child has the object, but is not the rank.
+        communicator = self._communicator
+        if communicator is not None and os.getpid() == self._pid:
+            communicator.depart(state, reason)
+
     def _leased(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        block = self._communicator.lease(max(1, math.prod(shape) * dtype.itemsize))
+        block = self._connected().lease(max(1, math.prod(shape) * dtype.itemsize))
         return torch.empty(shape, dtype=dtype) if block is None else _tensor(block, 0, dtype, shape)
 
     def _make_handle(self, request: DispatchRequest, routing: Any, num_topk: int) -> DispatchHandle:
@@ -188,7 +224,6 @@ class HostBackend(Backend):
             num_received=routing.num_received,
             tokens_per_expert=torch.tensor(routing.tokens_per_local_expert, dtype=torch.int64),
             max_recv_tokens=request.max_recv_tokens,
-            has_weights=request.topk_weights is not None,
             buffer_id=self._c.buffer_id,
             state=routing,
         )
@@ -205,7 +240,7 @@ class HostBackend(Backend):
             self._warned_of_copies = True
             logger.warning(
                 "moe_ep_plugin: rank %d: the pool of %d bytes is used up by leased rows; received rows are copied out "
-                "of the heap from now on, which is slower. Raise EpConfig.pool_bytes.",
+                "of the heap from now on, which is slower. Raise EpConfig.pool_bytes (Megatron: --moe-ep-pool-bytes).",
                 self._c.rank,
                 self._c.config.memory_plan(self._c.num_ranks).pool,
             )

@@ -25,16 +25,64 @@ def test_loss_of_fifty_steps_equals_alltoall(ranks_of: Ranks, world: str) -> Non
         assert deepep[-1] < deepep[0] - 1, "nothing was learnt, so equal losses say little"
 
 
-def test_two_runs_give_the_same_bits(ranks_of: Ranks) -> None:
-    for rank in ranks_of("world2"):
-        assert rank["train"]["deepep"] == rank["train"]["again"]
+@pytest.mark.parametrize(("world", "steps"), [("world2", 50), ("world4", 10)])
+def test_two_runs_give_the_same_bits(ranks_of: Ranks, world: str, steps: int) -> None:
+    for rank in ranks_of(world):
+        assert len(rank["train"]["again"]) == steps
+        assert rank["train"]["deepep"][:steps] == rank["train"]["again"]
 
 
-def test_bf16_loss_equals_alltoall(ranks_of: Ranks) -> None:
-    for rank in ranks_of("world2"):
+@pytest.mark.parametrize("world", ["world2", "world4"])
+def test_bf16_loss_equals_alltoall(ranks_of: Ranks, world: str) -> None:
+    for rank in ranks_of(world):
         alltoall, deepep = rank["train_bf16"]["alltoall"], rank["train_bf16"]["deepep"]
-        assert worst(alltoall, deepep) < 2e-2
+        assert len(deepep) == 50
+        assert worst(alltoall, deepep) <= 2e-2
         assert deepep[-1] < deepep[0] - 1
+
+
+def test_full_recompute_gives_the_same_bits(ranks_of: Ranks) -> None:
+    for rank in ranks_of("world2"):
+        assert len(rank["recompute_full"]) == 5
+        assert rank["recompute_full"] == rank["train"]["deepep"][:5]
+
+
+def test_fp8_wire_stays_close_to_the_unquantised_one(ranks_of: Ranks) -> None:
+    for rank in ranks_of("world2"):
+        found = rank["fp8"]["layer"]["differences"]
+        # A block's largest element becomes 448, where e4m3 numbers are 32 apart: rows are off by at most 16 / 448.
+        assert 1e-3 < found["seen.rows"] <= 16 / 448 + 1e-6
+        assert found["seen.counts"] == found["seen.probs"] == 0
+        # Products of many elements average their errors, and gradients cross unquantised.
+        assert 0 < found["output"] < 0.1 and found["x.grad"] < 0.1
+        fp8, plain = rank["fp8"]["losses"], rank["train"]["deepep"][:10]
+        # Rounding is unbiased and reaches the experts' share of the residual stream only. Seen: 1e-3, where bf16
+        # parameters make 2e-2.
+        assert fp8 != plain and worst(fp8, plain) <= 5e-3
+        assert fp8[-1] < fp8[0] - 0.5
+
+
+def test_evaluation_batches_of_other_sizes(ranks_of: Ranks) -> None:
+    for rank in ranks_of("world2"):
+        alltoall, deepep = rank["evaluation"]["alltoall"], rank["evaluation"]["deepep"]
+        for part in ("before", "evaluation", "after"):
+            assert worst(alltoall[part], deepep[part]) < 1e-4, part
+
+
+def test_a_larger_batch_than_the_buffer_takes_is_refused_with_the_flag(ranks_of: Ranks) -> None:
+    for rank in ranks_of("world2"):
+        # Two sequences of 16 tokens in the first forward make a buffer of 64; five are 80. Training went on after.
+        error = rank["evaluation"]["deepep"]["error"]
+        assert "is 80" in error and "takes 64" in error
+        assert "--moe-ep-max-tokens-per-rank 80" in error and "install(max_tokens_per_rank=80)" in error
+
+
+def test_a_layer_keeps_no_lease_after_its_outputs(ranks_of: Ranks) -> None:
+    for rank in ranks_of("world2"):
+        found = rank["lease"]
+        assert found["after"] == {"bytes": 0, "tensors": ["tokens_per_expert"]}
+        # The measurement sees leases where there are some.
+        assert (found["forward"]["bytes"] > 0) == found["host"]
 
 
 def test_expert_parallel_beside_expert_data_parallel(ranks_of: Ranks) -> None:
@@ -139,5 +187,6 @@ def test_one_forward_one_backward_schedule_finds_what_it_reads(ranks_of: Ranks) 
 
 
 def test_install_is_idempotent(measured: dict[str, Any], megatron: Megatron) -> None:
-    assert measured["version"] == megatron.version
+    # A wheel inside a git checkout adds its commit to the version.
+    assert measured["version"].split("+")[0] == megatron.version
     assert measured["idempotent"]

@@ -127,7 +127,8 @@ int main(int argc, char** argv) {
   const int num_ranks = argc > 2 ? std::atoi(argv[2]) : 4;
   const unsigned seed = argc > 3 ? static_cast<unsigned>(std::atoi(argv[3])) : 1;
   for (bool two_stage : {false, true}) {
-    const HeapLayout layout{static_cast<std::size_t>(num_ranks), kExperts, 1 << 20, 1 << 20};
+    // A pool that held leases use up at times, so that the overflow region is used too.
+    const HeapLayout layout{static_cast<std::size_t>(num_ranks), kExperts, 48 << 10, 1 << 20};
     std::vector<std::shared_ptr<Pool>> pools;
     for (int rank = 0; rank < num_ranks; ++rank) {
       pools.push_back(std::make_shared<Pool>(Segment::create("/dev/shm", layout.total_bytes()), layout));

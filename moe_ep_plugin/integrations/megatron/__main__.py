@@ -4,8 +4,8 @@ r"""Runs an unmodified Megatron script with our dispatcher.
         --moe-token-dispatcher deepep --num-experts 8 ...
 
 The script runs as ``__main__`` with its own directory first on the path, as if it had been started itself.
-``moe_token_dispatcher_type="deepep"`` works in configs that it makes by hand. On a machine without a GPU,
-Megatron-Core is made to run on the CPU first.
+``moe_token_dispatcher_type="deepep"`` works in configs that it makes by hand, with or without the flag, and the
+``--moe-ep-*`` options count there too. On a machine without a GPU, Megatron-Core is made to run on the CPU first.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     sys.path[0] = os.path.dirname(script)
     if not torch.cuda.is_available():
         enable_cpu()
-    install(**(options or {}))
+    install(**options)
     runpy.run_path(script, run_name="__main__")
 
 

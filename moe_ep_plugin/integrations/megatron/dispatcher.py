@@ -20,8 +20,9 @@ class CommManager:
     """What travels between the steps of one forward, under the names that Megatron's schedules use.
 
     The 1F1B overlap puts detached tensors into ``token_probs`` before the dispatch and into ``dispatched_probs``
-    before the experts, and CUDA graphs save and restore ``token_probs`` and ``token_indices``; so both are read
-    from here when they are needed, never from a local copy.
+    before the experts, and CUDA graphs save and restore ``token_probs`` and ``token_indices`` around the dispatch;
+    so both are read from here when they are needed, never from a local copy. A combine forgets them all: they
+    carry the forward's graph, and ``dispatched_probs`` shares its leased memory with the received rows.
 
     Attributes:
         token_indices: int64 [num_rows, width] experts of the TP x EP group, -1 for none.
@@ -72,11 +73,13 @@ class CommManager:
         """Bring [num_received, hidden] expert outputs back as sums [num_tokens, hidden]."""
         assert self.handle is not None and self._dispatcher is not None
         handle, self.handle = self.handle, None
+        owner, self.token_owner = self.token_owner, None
+        self.token_indices = self.token_probs = self.dispatched_probs = None
         out = self._dispatcher.combine(rows, handle)
-        if self.token_owner is None:
+        if owner is None:
             return out
         sums = torch.zeros(self.num_tokens, out.shape[1], dtype=torch.float32, device=out.device)
-        return sums.index_add(0, self.token_owner, out.float()).to(out.dtype)
+        return sums.index_add(0, owner, out.float()).to(out.dtype)
 
     def get_number_of_tokens_per_expert(self) -> torch.Tensor | None:
         """int64 [num_local_experts] rows of each local expert in the last dispatch."""

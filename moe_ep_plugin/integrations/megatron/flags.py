@@ -26,6 +26,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "host_threads": {"type": int},
     "num_sms": {"type": int},
     "pool_bytes": {"type": int},
+    "shm_dir": {"type": str},
     "max_tokens_per_rank": {"type": int},
     "power_of_two_scales": {"nargs": 0},
 }
@@ -36,10 +37,11 @@ def _flag(name: str) -> str:
 
 
 class _Chosen:
-    """What the flags of one parser have said so far; installs once ``deepep`` was among it."""
+    """What the flags of one parser have said so far; installs once ``deepep`` or an option was among it."""
 
     def __init__(self) -> None:
         self.deepep = False
+        self.took_flex = False
         self.options: dict[str, Any] = {}
 
     def select(self, dispatcher: str) -> str:
@@ -49,8 +51,12 @@ class _Chosen:
         return "flex" if self.deepep else dispatcher
 
     def apply(self) -> None:
-        if self.deepep:
-            install(**self.options, take_flex=True)
+        # A config made by hand may say deepep where no flag does, so options count without it.
+        changes = dict(self.options)
+        if self.deepep or self.took_flex:
+            changes["take_flex"] = self.took_flex = self.deepep
+        if changes:
+            install(**changes)
 
 
 class _OptionAction(argparse.Action):
@@ -68,7 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
     Use as ``pretrain(..., extra_args_provider=add_arguments)``. Both spellings of the flag accept ``deepep`` then;
     parsing it calls :func:`install` and sets ``args.moe_token_dispatcher_type``, from which Megatron builds its
-    config, to ``"flex"``. A parser that has the flags already, as in a patched source tree, is left alone.
+    config, to ``"flex"``. Parsing a ``--moe-ep-*`` flag calls :func:`install` too, for configs that say ``deepep``
+    themselves. A parser that has the flags already, as in a patched source tree, is left alone.
     """
     if any(_SELECTORS[0] in action.option_strings for action in parser._actions):
         return parser
@@ -103,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def rewrite_argv(argv: Sequence[str]) -> tuple[list[str], dict[str, Any] | None]:
+def rewrite_argv(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Take our flags out of a command line.
 
     ``--moe-token-dispatcher`` and ``--moe-token-dispatcher-type`` are accepted in both forms (``--flag value``,
@@ -114,7 +121,7 @@ def rewrite_argv(argv: Sequence[str]) -> tuple[list[str], dict[str, Any] | None]
 
     Returns:
         Arguments for Megatron (``deepep`` became ``--moe-token-dispatcher-type flex``), and the options for
-        :func:`install`, or None if another dispatcher was asked for, or none.
+        :func:`install`: those given, and ``take_flex`` if ``deepep`` was asked for.
     """
     parser = argparse.ArgumentParser(prog="moe_ep_plugin", add_help=False, allow_abbrev=False)
     parser.add_argument(*_SELECTORS, dest="dispatcher", choices=DISPATCHERS)
@@ -137,4 +144,4 @@ def rewrite_argv(argv: Sequence[str]) -> tuple[list[str], dict[str, Any] | None]
     dispatcher = options.pop("dispatcher")
     if dispatcher is not None:
         rest += ["--moe-token-dispatcher-type", "flex" if dispatcher == "deepep" else dispatcher]
-    return rest, {**options, "take_flex": True} if dispatcher == "deepep" else None
+    return rest, {**options, "take_flex": True} if dispatcher == "deepep" else options

@@ -69,11 +69,25 @@ class Session:
             hidden: Elements in a row.
             dtype: Widest dtype of rows.
             num_tokens: Tokens of this rank, from which the heap is sized unless an option says it.
+
+        Raises:
+            ConfigError: This rank has more tokens than the buffer takes; nothing was sent.
         """
         key = (group, num_experts, num_topk, hidden, dtype)
         if key not in self._dispatchers:
             self._dispatchers[key] = self._make(key, num_tokens)
-        return self._dispatchers[key]
+        dispatcher = self._dispatchers[key]
+        limit = dispatcher.buffer.config.max_tokens_per_rank
+        if num_tokens > limit:
+            sized = "was set" if self.options.max_tokens_per_rank is not None else "follows from the first forward"
+            raise ConfigError.of(
+                "the number of tokens that this rank brings to a MoE layer",
+                num_tokens,
+                f"its buffer takes {limit}, which {sized}",
+                f"start with --moe-ep-max-tokens-per-rank {num_tokens}, or install(max_tokens_per_rank={num_tokens}): "
+                "at least the largest micro-batch of training and evaluation",
+            )
+        return dispatcher
 
     def _make(self, key: _Key, num_tokens: int) -> TokenDispatcher:
         group, num_experts, num_topk, hidden, dtype = key
@@ -98,6 +112,7 @@ class Session:
             host_threads=options.host_threads,
             num_sms=options.num_sms,
             pool_bytes=options.pool_bytes,
+            shm_dir=options.shm_dir,
             timeout_s=options.timeout_s,
         )
         return TokenDispatcher(EpBuffer(group, config))
