@@ -1,10 +1,12 @@
 #include "host/workers.h"
 
+#include <unistd.h>
+
 #include <system_error>
 
 namespace moe_ep {
 
-Workers::Workers(std::size_t num_threads) {
+Workers::Workers(std::size_t num_threads) : process_(getpid()) {
   try {
     for (std::size_t i = 1; i < num_threads; ++i) threads_.emplace_back([this, i] { run(i); });
   } catch (const std::system_error&) {
@@ -14,6 +16,11 @@ Workers::Workers(std::size_t num_threads) {
 }
 
 Workers::~Workers() {
+  if (getpid() != process_) {
+    // A forked child has no such threads to wait for.
+    for (std::thread& thread : threads_) thread.detach();
+    return;
+  }
   {
     std::lock_guard<std::mutex> lock(mutex_);
     stopping_ = true;

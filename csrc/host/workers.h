@@ -1,6 +1,8 @@
 // A few threads that split a range of items between them; the caller works too.
 #pragma once
 
+#include <sys/types.h>
+
 #include <condition_variable>
 #include <cstddef>
 #include <exception>
@@ -28,6 +30,7 @@ class Workers {
   // Does one part and keeps the first exception for `split` to throw.
   void do_part(const std::function<void(std::size_t, std::size_t)>& work, std::size_t items, std::size_t index);
 
+  pid_t process_;
   std::vector<std::thread> threads_;
   std::mutex mutex_;
   std::condition_variable start_;
