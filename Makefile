@@ -14,7 +14,7 @@ CUDA_SOURCES := $(shell find csrc/cuda -name '*.cu' 2>/dev/null)
 CPP_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 CUDA_ARCHITECTURES := 80 90a 100a
 
-.PHONY: help venv test lint format types pretrain example bench kernels tsan clean
+.PHONY: help venv megatron test lint format types pretrain example bench kernels tsan clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,13 +23,21 @@ venv: $(READY)  ## Set up $(VENV): torch, this package (editable) and what tests
 
 # torch first and on its own: the index decides between its CPU and GPU builds, and nothing later replaces it.
 $(READY): setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,examples]'
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,examples]'
 	$(BIN)/python -m moe_ep_plugin
 	touch $@
 
+# The newest versions import triton on any machine.
+megatron: $(READY)  ## Download the Megatron-Core versions that the tests run with, unless they are here
+	@$(BIN)/python tests/integrations/fetch_megatron.py
+	@$(BIN)/python -c 'import triton' 2>/dev/null || \
+	  $(BIN)/python -m pip install --disable-pip-version-check --retries 1 triton
+
 test: $(READY)  ## All tests; ARGS="tests/test_wire.py -k nan" for some
+	@$(MAKE) --no-print-directory megatron || \
+	  echo "test: not everything for the Megatron tests could be downloaded; those that need it are skipped"
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(READY)  ## ruff and clang-format, changing nothing
@@ -46,10 +54,10 @@ types: $(READY)  ## mypy on the package
 	$(BIN)/mypy
 
 pretrain: $(READY)  ## Train a small MoE GPT with Megatron-Core, RANKS processes; options in ARGS
-	$(BIN)/torchrun --nproc-per-node $(RANKS) examples/pretrain_megatron_moe.py $(ARGS)
+	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/pretrain_megatron_moe.py $(ARGS)
 
 example: $(READY)  ## The API in thirty lines
-	$(BIN)/torchrun --nproc-per-node $(RANKS) examples/dispatch_combine.py $(ARGS)
+	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/dispatch_combine.py $(ARGS)
 
 bench: $(READY)  ## Host backend against index-permute and gloo all-to-all
 	$(BIN)/python tests/bench/bench_host.py $(ARGS)
@@ -87,6 +95,7 @@ endif
 # The AVX2 file is part of the build on x86-64 only, as in setup.py.
 AVX2 := $(if $(filter x86_64 amd64,$(shell uname -m)),$(if $(wildcard csrc/host/kernels_avx2.cpp),-DMOE_EP_HAVE_AVX2=1))
 
+# Without READY the next target builds again, into the environment that is there.
 clean:  ## Remove what builds and tests made; the virtual environment stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f moe_ep_plugin/*.so moe_ep_plugin/_build_info.json
+	rm -f moe_ep_plugin/*.so moe_ep_plugin/_build_info.json $(READY)

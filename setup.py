@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,8 +41,7 @@ AVX2_SOURCE = "kernels_avx2.cpp"
 AVX2_FLAGS = ["-mavx2", "-mf16c", "-mno-fma"]
 AVX2_MACRO = ("MOE_EP_HAVE_AVX2", "1")
 
-CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-CUDA_ARCHITECTURES = ("80", "90a", "100a")
+NO_KERNELS = "no kernels in this version yet"
 
 
 def relative(paths: object) -> list[str]:
@@ -77,47 +75,12 @@ def host_part() -> tuple[Extension | None, str]:
     return extension, "with AVX2 kernels" if with_avx2 else f"baseline {platform.machine()} kernels"
 
 
-def cuda_part() -> tuple[Extension | None, str]:
-    """The GPU backend: the extension and a note, or None and the reason."""
-    kernels = relative((ROOT / CSRC / "cuda").glob("*.cu"))
-    if not kernels:
-        return None, "no kernels in this version yet"
-    nvcc = find_nvcc()
-    if nvcc is None:
-        return None, "nvcc was not found; put it on PATH or set CUDA_HOME"
-    toolkit = Path(nvcc).resolve().parent.parent
-    libraries = [str(d) for d in (toolkit / "lib64", toolkit / "lib") if d.is_dir()]
-    extension = Extension(
-        f"{PACKAGE}._cuda",
-        sources=[str(CSRC / "bindings_cuda.cpp"), *kernels],
-        include_dirs=[str(CSRC), pybind11.get_include(), str(toolkit / "include")],
-        extra_compile_args=CXX_FLAGS,
-        library_dirs=libraries,
-        libraries=["cudart_static", "dl", "rt"],
-        extra_link_args=["-pthread"],
-        depends=headers(),
-        language="c++",
-    )
-    return extension, f"with {nvcc}, sm_{', sm_'.join(CUDA_ARCHITECTURES)}"
-
-
-def nvshmem_part() -> tuple[Extension | None, str]:
-    """The several-node transport: always None today, with the reason."""
-    return None, "no kernels in this version yet"
-
-
 def headers() -> list[str]:
     """Every header below csrc: a change in one rebuilds what depends on any."""
-    return relative(p for pattern in ("*.h", "*.cuh") for p in (ROOT / CSRC).rglob(pattern))
+    return relative((ROOT / CSRC).rglob("*.h"))
 
 
-def find_nvcc() -> str | None:
-    """Path of nvcc from PATH or CUDA_HOME."""
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc") or (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None)
-
-
-PARTS = {"host": host_part(), "cuda": cuda_part(), "nvshmem": nvshmem_part()}
+PARTS = {"host": host_part(), "cuda": (None, NO_KERNELS), "nvshmem": (None, NO_KERNELS)}
 
 
 def report(package_dir: Path) -> None:
@@ -167,9 +130,6 @@ class BuildExt(build_ext):
         if target.exists() and target.stat().st_mtime > max(newest_header, Path(source).stat().st_mtime):
             return str(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if source.endswith(".cu"):
-            self._compile_cuda(ext, source, target)
-            return str(target)
         flags = [*ext.extra_compile_args, *(AVX2_FLAGS if source.endswith(AVX2_SOURCE) else [])]
         (compiled,) = self.compiler.compile(
             [source],
@@ -180,13 +140,6 @@ class BuildExt(build_ext):
             extra_postargs=flags,
         )
         return str(compiled)
-
-    def _compile_cuda(self, ext: Extension, source: str, target: Path) -> None:
-        nvcc = find_nvcc()
-        assert nvcc is not None, "cuda_part checked it"
-        architectures = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
-        includes = [f"-I{d}" for d in ext.include_dirs]
-        self.spawn([nvcc, "-c", source, "-o", str(target), *CUDA_FLAGS, *architectures, *includes])
 
 
 setup(

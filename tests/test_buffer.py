@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from moe_ep_plugin import ConfigError, EpBuffer, EpConfig, EpError, PeerMismatch, StateError
+import moe_ep_plugin
+from moe_ep_plugin import ConfigError, EpBuffer, EpConfig, EpError, PeerMismatch, StateError, errors
 
 E, K, H, T = 4, 2, 16, 8
 
@@ -55,12 +58,12 @@ def bad_dispatches(handle: object, foreign: object) -> list[tuple[str, str, dict
         ("topk_idx.shape[1]", "0", {"topk_idx": idx[:, :0], "topk_weights": None}),
         (
             "topk_idx[3, 1]",
-            "4",
+            "0 to 3",
             {"topk_idx": idx.clone().index_put_((torch.tensor(3), torch.tensor(1)), torch.tensor(E))},
         ),
         (
             "topk_idx[0, 0]",
-            "-2",
+            "0 to 3",
             {"topk_idx": idx.clone().index_put_((torch.tensor(0), torch.tensor(0)), torch.tensor(-2))},
         ),
         ("topk_weights.dtype", "float32", {"topk_weights": weights.bfloat16()}),
@@ -172,7 +175,7 @@ def states(backend: str) -> None:
         lambda: buffer.combine(out.x, out.handle),
         lambda: buffer.empty_rows(out.handle),
     ):
-        with pytest.raises(StateError, match="closed"):
+        with pytest.raises(StateError, match="closed EpBuffer; make a new one"):
             call()
     with EpBuffer(None, config_of(backend)) as fresh:
         assert_usable(fresh)
@@ -189,23 +192,6 @@ def states(backend: str) -> None:
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_use_after_close_and_events(ranks, backend, num_ranks):
     ranks(num_ranks).run(states, backend)
-
-
-def in_flight(backend: str) -> None:
-    class CallsBack:
-        """An event whose wait starts a second operation on the same buffer."""
-
-        def wait(self) -> None:
-            with pytest.raises(StateError, match="in flight"):
-                buffer.dispatch(*inputs())
-
-    with EpBuffer(None, config_of(backend)) as buffer:
-        buffer.dispatch(*inputs(), previous_event=CallsBack())
-        assert_usable(buffer)
-
-
-def test_two_operations_in_flight(ranks, backend):
-    ranks(2).run(in_flight, backend)
 
 
 def disagree(backend: str, changes: dict[str, object]) -> None:
@@ -226,11 +212,12 @@ def test_ranks_that_disagree_on_the_config(ranks, backend, changes):
     ranks(2).run(disagree, backend, changes)
 
 
-def differ_in_operation(backend: str, difference: str) -> None:
+def differ_in_operation(backend: str, difference: str, named: str) -> None:
     x, idx, weights = inputs()
+    dtype = torch.float32 if difference == "dtype" else torch.bfloat16
     odd = dist.get_rank() == 1
     with EpBuffer(None, config_of(backend)) as bystander:
-        buffer = EpBuffer(None, config_of(backend))
+        buffer = EpBuffer(None, config_of(backend, dtype=dtype))
         handle = buffer.dispatch(x, idx).handle
         rows = torch.zeros(handle.num_rows, H, dtype=torch.bfloat16)
         with pytest.raises(PeerMismatch) as caught:
@@ -242,18 +229,32 @@ def differ_in_operation(backend: str, difference: str) -> None:
                 buffer.dispatch(x, idx, wire="fp8" if odd else "bf16")
             elif difference == "weights":
                 buffer.dispatch(x, idx, weights if odd else None)
+            elif difference == "dtype":
+                buffer.dispatch(x if odd else x.float(), idx)
             else:
                 buffer.dispatch(x, idx)
-        assert "rank" in str(caught.value)
+        text = str(caught.value)
+        who = f"rank {1 - buffer.rank} differs from rank {buffer.rank}"
+        assert re.search(rf"{who} at operation \d+: ({named})\b.* is \d+ there and \d+ here; ", text), text
         with pytest.raises(StateError, match="PeerMismatch"):
             buffer.dispatch(x, idx)
+        dist.barrier()  # Who leaves first would otherwise be lost to the other before the comparison.
         buffer.close()
         assert_usable(bystander)
 
 
-@pytest.mark.parametrize("difference", ["operation", "layout", "wire", "weights"])
-def test_ranks_that_call_different_operations(ranks, backend, difference):
-    ranks(2).run(differ_in_operation, backend, difference)
+@pytest.mark.parametrize(
+    ("difference", "named"),
+    [
+        ("operation", "operation"),
+        ("layout", "layout"),
+        ("wire", "element type|row_bytes"),
+        ("weights", "has topk_weights|has_weights"),
+        ("dtype", "element type|row_bytes"),
+    ],
+)
+def test_ranks_that_call_different_operations(ranks, backend, difference, named):
+    ranks(2).run(differ_in_operation, backend, difference, named)
 
 
 def bad_map(backend: str) -> None:
@@ -278,7 +279,16 @@ def test_config_must_be_an_ep_config():
 
 
 def test_every_error_is_an_ep_error():
-    assert all(issubclass(e, EpError) for e in (ConfigError, StateError, PeerMismatch))
+    named = {value for value in vars(errors).values() if isinstance(value, type)}
+    assert {error.__name__ for error in named} == {
+        *("EpError", "ConfigError", "StateError", "BackendUnavailable"),
+        *("CapacityError", "PeerTimeout", "PeerLost", "PeerMismatch"),
+    }
+    for error in named:
+        assert issubclass(error, EpError) and issubclass(error, RuntimeError)
+        assert getattr(moe_ep_plugin, error.__name__) is error
+    assert issubclass(ConfigError, ValueError)
+    assert issubclass(errors.PeerLost, errors.PeerTimeout)
 
 
 def subgroup(backend: str) -> None:
@@ -289,7 +299,7 @@ def subgroup(backend: str) -> None:
         assert (buffer.rank, buffer.num_ranks) == (world // 2, 2)
         for _ in range(5):
             assert_usable(buffer)
-    with pytest.raises(EpError, match="does not contain this process"):
+    with pytest.raises(EpError, match="group is without this process"):
         EpBuffer(groups[1 - world % 2], config_of(backend))
 
 

@@ -5,6 +5,7 @@ Faults leave a process group in an odd state, so each test has a pool of its own
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
@@ -18,8 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_ep_plugin import EpBuffer, EpConfig, EpError
-from moe_ep_plugin._extension import load_host
+from moe_ep_plugin import CapacityError, EpBuffer, EpConfig
+from tests.conftest import all_pids, shared_segments
 from tests.harness import RankDied, RankPool
 
 TIMEOUT_S = 4.0
@@ -27,16 +28,7 @@ TIMEOUT_S = 4.0
 NOTICED_S = TIMEOUT_S + 8.0
 
 
-def host_missing() -> str | None:
-    try:
-        load_host()
-    except EpError as error:
-        return str(error)
-    return None
-
-
-needs_host = pytest.mark.skipif(host_missing() is not None, reason=f"host backend: {host_missing()}")
-backends = pytest.mark.parametrize("backend", [pytest.param("host", marks=needs_host), "collective"])
+needs_host = pytest.mark.usefixtures("host")
 
 
 def make_config(backend: str, **changes: object) -> EpConfig:
@@ -94,7 +86,6 @@ def killed_inside_dispatch(backend: str, victim: int, late: int):  # type: ignor
         return attempt(buffer.dispatch, *tokens(buffer.rank))
 
 
-@backends
 def test_rank_killed_in_the_middle_of_dispatch(backend: str) -> None:
     with RankPool(3) as pool:
         results = pool.run_with(killed_inside_dispatch, (backend, 1, 2), may_die=[1])
@@ -122,19 +113,23 @@ def never_comes(backend: str):  # type: ignore[no-untyped-def]
     return first, second
 
 
-@backends
 def test_rank_that_never_dispatches(backend: str) -> None:
     with RankPool(3) as pool:
         results = pool.run(never_comes, backend)
+    timeouts = 0
     for first, second in results[:2]:
         names, text, seconds = first
         assert "PeerTimeout" in names, (names, text)
         assert seconds < NOTICED_S
+        # The survivor that gives up second may find that the first has left.
         if backend == "host" and names[0] == "PeerTimeout":
+            timeouts += 1
             assert seconds >= TIMEOUT_S * 0.9
             assert re.search(r"rank \d waited 4 s for rank 2 \(pid \d+\)", text), text
             assert "expected operation 1, seen 0" in text
         assert second[0][0] == "StateError" and "has failed" in second[1]
+    if backend == "host":
+        assert timeouts >= 1, [first for first, _ in results[:2]]
 
 
 def never_builds(backend: str):  # type: ignore[no-untyped-def]
@@ -144,7 +139,6 @@ def never_builds(backend: str):  # type: ignore[no-untyped-def]
     return attempt(EpBuffer, None, make_config(backend, timeout_s=TIMEOUT_S))
 
 
-@backends
 def test_rank_that_never_builds_its_buffer(backend: str) -> None:
     with RankPool(3) as pool:
         results = pool.run(never_builds, backend)
@@ -164,7 +158,6 @@ def comes_late(backend: str) -> bool:
     return True
 
 
-@backends
 def test_late_rank_is_waited_for(backend: str) -> None:
     with RankPool(3) as pool:
         assert pool.run(comes_late, backend) == [True] * 3
@@ -188,95 +181,7 @@ def test_closed_peer_is_noticed_before_the_timeout() -> None:
     assert seconds < NOTICED_S
 
 
-# Ranks that disagree
-
-
-def disagree_on_config(backend: str):  # type: ignore[no-untyped-def]
-    hidden = 64 if torch.distributed.get_rank() != 1 else 128
-    return attempt(EpBuffer, None, make_config(backend, hidden=hidden))
-
-
-@backends
-def test_ranks_that_disagree_on_the_config(backend: str) -> None:
-    with RankPool(3) as pool:
-        for names, text, _ in pool.run(disagree_on_config, backend):
-            assert names[0] == "PeerMismatch"
-            assert "hidden (rank 0: 64; rank 1: 128)" in text
-
-
-def disagree_on_operation(backend: str, what: str):  # type: ignore[no-untyped-def]
-    buffer = EpBuffer(None, make_config(backend))
-    x, idx = tokens(buffer.rank)
-    out = buffer.dispatch(x, idx)
-    odd = buffer.rank == 1
-    if what == "operation":
-        result = attempt(buffer.combine, out.x, out.handle) if odd else attempt(buffer.dispatch, x, idx)
-    elif what == "layout":
-        result = attempt(buffer.dispatch, x, idx, layout="rank" if odd else "expert")
-    else:
-        result = attempt(buffer.dispatch, x.bfloat16() if odd else x, idx)
-    time.sleep(0.5)
-    return result
-
-
-@backends
-@pytest.mark.parametrize(
-    ("what", "named"), [("operation", "operation"), ("layout", "layout"), ("dtype", "element type|row_bytes")]
-)
-def test_ranks_that_disagree_on_an_operation(backend: str, what: str, named: str) -> None:
-    with RankPool(3) as pool:
-        results = pool.run(disagree_on_operation, backend, what)
-    for names, text, _ in results:
-        # A rank may learn of it from a peer that found it first and left.
-        assert names[0] in ("PeerMismatch", "PeerLost"), (names, text)
-    assert any(names[0] == "PeerMismatch" and re.search(named, text) and "rank 1" in text for names, text, _ in results)
-
-
-# Wrong arguments: nothing is sent, and the buffer goes on working
-
-
-def wrong_arguments(backend: str):  # type: ignore[no-untyped-def]
-    with EpBuffer(None, make_config(backend)) as buffer:
-        x, idx = tokens(buffer.rank)
-        many = torch.zeros(257, 64)
-        bad_id = idx.clone()
-        bad_id[3, 1] = 8
-        negative = idx.clone()
-        negative[0, 0] = -2
-        results = {
-            "tokens": attempt(buffer.dispatch, many, torch.zeros(257, 2, dtype=torch.int64)),
-            "dtype": attempt(buffer.dispatch, x.double(), idx),
-            "shape": attempt(buffer.dispatch, x[:, :32], idx),
-            "idx dtype": attempt(buffer.dispatch, x, idx.int()),
-            "device": attempt(buffer.dispatch, x.to("meta"), idx),
-            "id": attempt(buffer.dispatch, x, bad_id),
-            "negative id": attempt(buffer.dispatch, x, negative),
-        }
-        assert works(buffer)
-    results["closed"] = attempt(buffer.dispatch, x, idx)
-    buffer.close()
-    return results
-
-
-@backends
-def test_wrong_arguments(backend: str) -> None:
-    with RankPool(2) as pool:
-        results = pool.run(wrong_arguments, backend)
-    expected = {
-        "tokens": ("ConfigError", "257", "max_tokens_per_rank is 256"),
-        "dtype": ("ConfigError", "x.dtype", "float64"),
-        "shape": ("ConfigError", "x.shape", "[any, 64]"),
-        "idx dtype": ("ConfigError", "topk_idx.dtype", "int64"),
-        "device": ("ConfigError", "x.device", "meta"),
-        "id": ("ConfigError", "topk_idx[3, 1] is 8", "0 to 7"),
-        "negative id": ("ConfigError", "topk_idx[0, 0] is -2", "0 to 7"),
-        "closed": ("StateError", "closed", "make a new one"),
-    }
-    for result in results:
-        for what, (kind, *texts) in expected.items():
-            names, text, _ = result[what]
-            assert names[0] == kind, (what, names, text)
-            assert all(t in text for t in texts), (what, text)
+# Two threads
 
 
 def two_in_flight(backend: str):  # type: ignore[no-untyped-def]
@@ -296,7 +201,6 @@ def two_in_flight(backend: str):  # type: ignore[no-untyped-def]
         return result
 
 
-@backends
 def test_two_operations_in_flight(backend: str) -> None:
     with RankPool(2) as pool:
         names, text, _ = pool.run(two_in_flight, backend)[0]
@@ -307,26 +211,47 @@ def test_two_operations_in_flight(backend: str) -> None:
 
 
 def out_of_memory(shm_dir: str):  # type: ignore[no-untyped-def]
-    """The tmpfs holds the control regions and little more: a large dispatch must fail, a small one work."""
-    config = make_config("host", shm_dir=shm_dir, max_tokens_per_rank=1 << 16)
+    """Received rows are held until the tmpfs is full; then the dispatch fails everywhere, and works when they go."""
+    config = make_config("host", shm_dir=shm_dir, max_tokens_per_rank=4096)
     with EpBuffer(None, config) as buffer:
-        assert works(buffer)
-        big = torch.zeros(1 << 16, 64)
-        result = attempt(buffer.dispatch, big, torch.zeros(1 << 16, 2, dtype=torch.int64))
+        x, idx = torch.ones(4096, 64), torch.zeros(4096, 2, dtype=torch.int64)
+        held = []
+        result = None
+        while result is None and len(held) < 50:
+            try:
+                held.append(buffer.dispatch(x, idx))
+            except CapacityError:
+                result = attempt(buffer.dispatch, x, idx)
+        del held
+        assert result is not None, "the tmpfs never filled"
         assert works(buffer)
         return result
 
 
+FULL_TMPFS = """
+import json, sys
+from tests.harness import run_ranks
+from tests.test_faults import out_of_memory
+print(json.dumps(run_ranks(2, out_of_memory, sys.argv[1])))
+"""
+
+
 @needs_host
 def test_full_shared_memory(tmp_path: Path) -> None:
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(tmp_path)], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip(f"mounting a small tmpfs needs privileges: {mounted.stderr.decode().strip()}")
-    try:
-        with RankPool(2) as pool:
-            results = pool.run(out_of_memory, str(tmp_path))
-    finally:
-        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+    mount = 'mount -t tmpfs -o size=20m tmpfs "$0" || exit 77; exec "$@"'
+    command = ["sh", "-c", mount, str(tmp_path), sys.executable, "-c", FULL_TMPFS, str(tmp_path)]
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    # The mount is the job's own and ends with it. A user namespace gives the privilege to make it.
+    for unshare in (["unshare", "--user", "--map-root-user", "--mount"], ["unshare", "--mount"]):
+        done = subprocess.run([*unshare, *command], capture_output=True, text=True, timeout=120, env=environment)
+        refused = done.returncode == 77 or done.stderr.startswith("unshare:")
+        if not refused:
+            break
+    if refused:
+        pytest.skip(f"mounting a small tmpfs needs privileges: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
     for names, text, _ in results:
         assert names[0] == "CapacityError" and "rank 0 has no room" in text, (names, text)
     assert "No space left on device" in results[0][1]
@@ -374,36 +299,7 @@ def test_used_up_pool_copies_out() -> None:
             assert copied_later == copied, "freed leases were not used again"
 
 
-def keep_after_close():  # type: ignore[no-untyped-def]
-    with EpBuffer(None, make_config("host")) as buffer:
-        x, idx = tokens(buffer.rank)
-        out = buffer.dispatch(x, idx)
-        before = out.x.clone()
-    return torch.equal(out.x, before)
-
-
-@needs_host
-def test_rows_outlive_their_buffer() -> None:
-    with RankPool(2) as pool:
-        assert pool.run(keep_after_close) == [True, True]
-
-
 # What a crash leaves behind
-
-
-def shared_files() -> set[str]:
-    return set(os.listdir("/dev/shm"))
-
-
-def kept_files_of(pids: list[int]) -> list[str]:
-    """Names that a directory listing would show for the segments that these processes have open."""
-    names = []
-    for pid in pids:
-        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-            target = os.readlink(descriptor)
-            if target.startswith("/dev/shm"):
-                names.append(target)
-    return names
 
 
 def hold(pool_size: int):  # type: ignore[no-untyped-def]
@@ -415,16 +311,17 @@ def hold(pool_size: int):  # type: ignore[no-untyped-def]
 
 @needs_host
 def test_sigkill_of_every_rank_leaves_nothing() -> None:
-    before = shared_files()
     with RankPool(3) as pool:
         pool.run(hold, 3)
         pids = pool.pids
-        names = kept_files_of(pids)
-        assert len(names) == 3, "each rank has one segment open"
-        assert all(name.endswith("(deleted)") for name in names), "no segment has a name, even while in use"
+        segments = shared_segments(pids)
+        assert len(segments) == 3, "each rank has one segment"
+        names = [name for held in segments.values() for name in held]
+        assert all(name.endswith(" (deleted)") for name in names), "no segment has a name, even while in use"
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
-    assert shared_files() == before
+    assert not segments.keys() & shared_segments(all_pids()).keys(), "some process still holds the memory"
+    assert not segments.keys() & {entry.inode() for entry in os.scandir("/dev/shm")}
 
 
 def others_survive(victim: int):  # type: ignore[no-untyped-def]
@@ -450,14 +347,15 @@ def test_other_buffers_of_the_process_still_work() -> None:
         assert names[0] == "PeerLost" and "rank 2" in text
 
 
+@needs_host
 def test_interrupt_ends_a_wait(tmp_path: Path) -> None:
     """Ctrl-C in a rank that waits for a peer raises KeyboardInterrupt, soon."""
-    if host_missing() is not None:
-        pytest.skip(f"host backend: {host_missing()}")
     script = tmp_path / "wait.py"
     script.write_text(
-        "import sys, time, torch, torch.distributed as dist\n"
+        "import signal, sys, time, torch, torch.distributed as dist\n"
         "from moe_ep_plugin import EpBuffer, EpConfig\n"
+        # A shell's background jobs, and CI may be one, start with SIGINT ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "rank = int(sys.argv[1])\n"
         "dist.init_process_group('gloo', init_method='file://' + sys.argv[2], rank=rank, world_size=2)\n"
         "config = EpConfig(num_experts=2, num_topk=1, hidden=64, max_tokens_per_rank=8, backend='host', device='cpu')\n"

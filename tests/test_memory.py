@@ -8,9 +8,8 @@ import torch
 from moe_ep_plugin import EpBuffer, EpConfig
 from moe_ep_plugin._extension import load_host
 from tests.harness import RankPool
-from tests.test_faults import host_missing
 
-pytestmark = pytest.mark.skipif(host_missing() is not None, reason=f"host backend: {host_missing()}")
+pytestmark = pytest.mark.usefixtures("host")
 
 
 def make_config(**changes: object) -> EpConfig:

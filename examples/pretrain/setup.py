@@ -20,8 +20,8 @@ def join(launch: Launch, options: argparse.Namespace) -> torch.device:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        # Ranks that each use every core slow each other down.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.num_local_ranks))
+        # Ranks that each use every core slow each other down; a container may be allowed fewer than there are.
+        torch.set_num_threads(max(1, num_cores() // launch.num_local_ranks))
         # Megatron-Core passes functions to torch.compile, which takes minutes and a C++ compiler on a CPU.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # NCCL refuses two ranks on one GPU.
@@ -33,21 +33,30 @@ def join(launch: Launch, options: argparse.Namespace) -> torch.device:
 
     # Both packages warn about options that are not used here.
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.")
+    from moe_ep_plugin.integrations import megatron
+    from moe_ep_plugin.integrations.megatron.install import check_version
+
+    # First, because what they raise for a version or a module that is missing says what to do about it.
+    check_version()
+    if not on_gpu:
+        megatron.enable_cpu()
+    # Changes nothing for layers of the other types.
+    megatron.install(backend=options.backend)
+
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from moe_ep_plugin.integrations import megatron
-
-    if not on_gpu:
-        megatron.enable_cpu()
-    if options.moe_token_dispatcher == "deepep":
-        megatron.install(backend=options.backend)
     parallel_state.initialize_model_parallel(
         expert_model_parallel_size=options.expert_parallel, expert_tensor_parallel_size=1
     )
     torch.manual_seed(options.seed)
     model_parallel_cuda_manual_seed(options.seed)
     return device
+
+
+def num_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def leave() -> None:

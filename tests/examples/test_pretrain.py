@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import runpy
 import signal
 import subprocess
@@ -13,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import all_pids, need_modules, shared_segments
+
 from .programs import EXAMPLES, TIMEOUT_S, TINY, environment, records, result, run, torchrun_command
 
 PROGRAM = "pretrain_megatron_moe.py"
 
-pytest.importorskip("megatron.core")
-pytest.importorskip("matplotlib")
+need_modules("megatron.core", "matplotlib")
 
 
 @dataclass(frozen=True)
@@ -94,30 +94,34 @@ def test_resumed_run_has_the_same_bits(finished: FinishedRun, text: Path, tmp_pa
             assert torch.equal(mine, theirs)
 
 
-def processes_of(marker: Path) -> list[str]:
-    """Command lines, of any process, in which ``marker`` occurs."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+def descendants(pid: int) -> list[int]:
+    """Processes below this one."""
+    children: dict[int, list[int]] = {}
+    for other in all_pids():
         try:
-            words = entry.read_bytes().split(b"\0")
+            # The name, in parentheses, may hold anything; the parent is the second word after it.
+            parent = int(Path(f"/proc/{other}/stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-        if str(marker).encode() in words:
-            found.append(b" ".join(words).decode())
+        children.setdefault(parent, []).append(other)
+    found = list(children.get(pid, []))
+    for child in found:
+        found += children.get(child, [])
     return found
 
 
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
-def test_ctrl_c_saves_and_leaves_nothing_behind(text: Path, tmp_path: Path) -> None:
-    before = set(os.listdir("/dev/shm"))
-    command = torchrun_command(2, PROGRAM, *TINY, "--data", text, "--steps", "100000", "--out", tmp_path)
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks for processes in /proc")
+def test_ctrl_c_saves_and_leaves_nothing_behind(text: Path, tmp_path: Path, host: None) -> None:
+    options = [*TINY, "--backend", "host", "--data", text, "--steps", "100000", "--out", tmp_path]
+    command = torchrun_command(2, PROGRAM, *options)
     job = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + TIMEOUT_S
         while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
             assert job.poll() is None and time.monotonic() < deadline, job.communicate(timeout=30)
             time.sleep(0.1)
-        mine = {name for name in set(os.listdir("/dev/shm")) - before if "moe" in name}
+        processes = descendants(job.pid)
+        segments = shared_segments(processes)
         job.send_signal(signal.SIGINT)
         stdout, _ = job.communicate(timeout=60)
     finally:
@@ -128,8 +132,13 @@ def test_ctrl_c_saves_and_leaves_nothing_behind(text: Path, tmp_path: Path) -> N
     step = int(stdout.split("interrupted after step ")[1].split()[0])
     folder = tmp_path / "checkpoints" / f"step-{step:08d}"
     assert sorted(p.name for p in folder.iterdir()) == ["rank-00000.pt", "rank-00001.pt"]
-    assert processes_of(tmp_path) == []
-    assert not mine & set(os.listdir("/dev/shm"))
+
+    assert len(processes) >= 2, "both ranks were found"
+    assert not [pid for pid in processes if Path(f"/proc/{pid}").exists()]
+    # Segments are never listed in /dev/shm, so what would keep their memory is a process that holds them.
+    assert len(segments) >= 2, "each rank held its segment"
+    assert all(name.endswith(" (deleted)") for names in segments.values() for name in names), segments
+    assert not segments.keys() & shared_segments(all_pids()).keys()
 
 
 @pytest.mark.parametrize(

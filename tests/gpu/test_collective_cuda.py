@@ -63,6 +63,10 @@ def cuda_equals_cpu(wire: str) -> int:
                 for layout in ("expert", "rank"):
                     expected = run_one(on_cpu, "cpu", seed, layout, dtype)
                     got = run_one(on_gpu, "cuda", seed, layout, dtype)
+                    if wire == "fp8" and layout == "expert":
+                        # A gate value's gradient is a dot product of rows that are no whole numbers any more, and
+                        # the devices add its terms in different orders.
+                        torch.testing.assert_close(got.pop(), expected.pop())
                     assert all(torch.equal(e, g) for e, g in zip(expected, got, strict=True)), (dtype, seed, layout)
                     checked += 1
     return checked

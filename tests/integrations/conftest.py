@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import lacking
+
 REPOSITORY = Path(__file__).parents[2]
 WHEELS = Path(os.environ.get("MEGATRON_WHEELS", REPOSITORY / ".cache" / "megatron"))
 VERSIONS = tuple(os.environ.get("MEGATRON_VERSIONS", "0.14.0 0.16.1 0.19.2").split())
@@ -59,10 +61,10 @@ class Megatron:
 def find_megatron(version: str) -> Megatron:
     path = WHEELS / version
     if not (path / "megatron").is_dir():
-        pytest.skip(f"no megatron-core {version} in {WHEELS}: run tests/integrations/fetch_megatron.py")
+        lacking(f"no megatron-core {version} in {WHEELS}: run make megatron")
     megatron = Megatron(version, path)
     if megatron.numbers >= (0, 18) and importlib.util.find_spec("triton") is None:
-        pytest.skip(f"megatron-core {version} imports triton, also without a GPU: pip install triton")
+        lacking(f"megatron-core {version} imports triton, also without a GPU: pip install triton")
     return megatron
 
 

@@ -28,12 +28,15 @@ def fetch(version: str, folder: Path) -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         platforms = [f"--platform=manylinux_{glibc}_x86_64" for glibc in ("2_28", "2_24")]
-        subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        print(f"megatron-core {version}: downloading", flush=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--quiet", "--retries=1", "--no-deps", "--only-binary=:all:"]
             + ["--python-version=3.12", "--implementation=cp", *platforms]
             + [f"--dest={scratch}", f"megatron-core=={version}"],
-            check=True,
+            check=False,
         )
+        if done.returncode != 0:
+            sys.exit(f"megatron-core {version}: pip could not download it (see above)")
         (wheel,) = Path(scratch).glob("*.whl")
         # Beside the target first, so that an interrupted run leaves nothing that looks complete.
         partial = folder / f".{version}.partial"

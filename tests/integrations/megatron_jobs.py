@@ -8,6 +8,7 @@ and returns JSON-able measurements; what is right is decided by the tests that r
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -35,6 +36,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from moe_ep_plugin.config import MAX_TOPK  # noqa: E402
+from moe_ep_plugin.errors import ConfigError  # noqa: E402
 
 BACKEND = os.environ.get("MOE_EP_TEST_BACKEND", "auto")
 EXPERTS, TOPK, HIDDEN = 8, 2, 32
@@ -91,24 +93,38 @@ def make_config(dispatcher: str, **changes: Any) -> TransformerConfig:
     return TransformerConfig(**(settings | changes))
 
 
-def train(dispatcher: str, steps: int, **changes: Any) -> list[float]:
-    """Train a two-layer GPT on fixed, rank-distinct tokens; returns the mean loss over ranks of every step."""
+def make_model(dispatcher: str, **changes: Any) -> GPTModel:
+    """A two-layer GPT, the same for every dispatcher."""
     seed()
     config = make_config(dispatcher, **changes)
     spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False)
-    model = GPTModel(
+    return GPTModel(
         config, spec, vocab_size=VOCABULARY, max_sequence_length=SEQUENCE, position_embedding_type="rope"
     ).to(config.params_dtype)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+
+
+def model_loss(model: GPTModel, batch: int = BATCH) -> torch.Tensor:
+    """The loss of ``batch`` fixed, rank-distinct sequences."""
     generator = torch.Generator().manual_seed(1000 + dist.get_rank())
-    tokens = torch.randint(0, VOCABULARY, (BATCH, SEQUENCE + 1), generator=generator)
-    positions = torch.arange(SEQUENCE).expand(BATCH, -1)
+    tokens = torch.randint(0, VOCABULARY, (batch, SEQUENCE + 1), generator=generator)
+    positions = torch.arange(SEQUENCE).expand(batch, -1)
     mask = torch.triu(torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool), 1)
+    loss: torch.Tensor = model(tokens[:, :-1].contiguous(), positions, mask, labels=tokens[:, 1:].contiguous())
+    return loss.float().mean()
+
+
+def train(dispatcher: str, steps: int, **changes: Any) -> list[float]:
+    """Train a model; returns the mean loss over ranks of every step."""
+    return train_model(make_model(dispatcher, **changes), steps)
+
+
+def train_model(model: GPTModel, steps: int) -> list[float]:
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     world = dist.get_world_size()
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = model(tokens[:, :-1].contiguous(), positions, mask, labels=tokens[:, 1:].contiguous()).float().mean()
+        loss = model_loss(model)
         loss.backward()
         for parameter in model.parameters():
             if parameter.grad is None:
@@ -127,14 +143,19 @@ def train(dispatcher: str, steps: int, **changes: Any) -> list[float]:
     return losses
 
 
-def layer_run(dispatcher: str, tokens: torch.Tensor, **changes: Any) -> dict[str, torch.Tensor]:
-    """Forward and backward of one MoE layer; returns output, gradients and what the experts were given."""
-    seed()
-    config = make_config(dispatcher, **changes)
+def make_layer(config: TransformerConfig) -> MoELayer:
     mlp = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False).submodules.mlp
     # A ModuleSpec, and from 0.19 a partial of the class.
     layer = MoELayer(config, mlp.keywords["submodules"] if hasattr(mlp, "keywords") else mlp.submodules)
     layer.set_layer_number(1)
+    return layer
+
+
+def layer_run(dispatcher: str, tokens: torch.Tensor, **changes: Any) -> dict[str, torch.Tensor]:
+    """Forward and backward of one MoE layer; returns output, gradients and what the experts were given."""
+    seed()
+    config = make_config(dispatcher, **changes)
+    layer = make_layer(config)
     seen: dict[str, torch.Tensor] = {}
     experts_forward = layer.experts.forward
 
@@ -345,6 +366,8 @@ def overlap_job() -> dict[str, Any]:
     expert_rows, counts, used_gates = dispatcher.dispatch_postprocess(rows_, row_gates_)
     expert_out = dispatcher.combine_preprocess(expert_rows * used_gates[:, None])
     expert_out_ = expert_out.detach().requires_grad_()
+    counts_found = manager.get_number_of_tokens_per_expert() is counts
+    attributes = [getattr(manager, name.split(".")[1]) for name in dispatcher.cudagraph_attrs]
     out = dispatcher.combine_postprocess(dispatcher.token_combine(expert_out_))
     out.backward(torch.ones_like(out))
     expert_out.backward(expert_out_.grad)
@@ -368,15 +391,71 @@ def overlap_job() -> dict[str, Any]:
         "output": (out - x.detach() * factor).abs().max().item(),
         "x.grad": (x.grad - factor.expand_as(x)).abs().max().item(),
         "probs.grad": (probs.grad - expected_probs).abs().max().item(),
-        "counts": manager.get_number_of_tokens_per_expert() is counts,
+        "counts": counts_found,
         "type_is_flex": config.moe_token_dispatcher_type == "flex",
         "contract": getattr(config, "moe_flex_dispatcher_backend", None) == "deepep" or config.moe_enable_deepep,
-        "cudagraph_attrs": [
-            torch.is_tensor(getattr(manager, name.split(".")[1])) for name in dispatcher.cudagraph_attrs
-        ],
+        "cudagraph_attrs": [torch.is_tensor(attribute) for attribute in attributes],
         "zero_copy": list(dispatcher.get_expert_zero_copy_buffers()),
         "freed": freed,
     }
+
+
+def recompute_job() -> list[float]:
+    """Every transformer layer is run again in the backward, its dispatch and combine with it."""
+    return train("deepep", 5, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+
+
+def evaluation_job(dispatcher: str) -> dict[str, Any]:
+    """Train, evaluate batches of other sizes than the first one, train on."""
+    install().close()
+    model = make_model(dispatcher)
+    before = train_model(model, 3)
+    model.eval()
+    with torch.no_grad():
+        losses = [model_loss(model, batch).item() for batch in (BATCH // 2, 2 * BATCH)]
+        error = ""
+        if dispatcher == "deepep":
+            try:
+                model_loss(model, 2 * BATCH + 1)
+            except ConfigError as raised:
+                error = str(raised)
+    model.train()
+    return {"before": before, "evaluation": losses, "after": train_model(model, 3), "error": error}
+
+
+def fp8_job() -> dict[str, Any]:
+    """A layer and training with the FP8 wire; leaves the session as it was."""
+    plain = layer_run("deepep", rank_tokens())
+    install().close()
+    install(wire="fp8")
+    found = {"layer": compare(plain, layer_run("deepep", rank_tokens())), "losses": train("deepep", 10)}
+    install().close()
+    install(wire="bf16")
+    return found
+
+
+def lease_job() -> dict[str, Any]:
+    """What one layer holds during its forward, and when its outputs are gone."""
+    config = make_config("deepep")
+    layer = make_layer(config)
+    x = rank_tokens().requires_grad_()
+
+    def held() -> dict[str, Any]:
+        manager = vars(layer.token_dispatcher._comm_manager)
+        heaps = [getattr(buffer._backend, "_heap", None) for buffer in install().buffers]
+        return {
+            "bytes": sum(heap.leased_bytes() for heap in heaps if heap is not None),
+            "tensors": sorted(name for name, value in manager.items() if torch.is_tensor(value)),
+        }
+
+    # Jobs before this one left cycles of modules, and tensors in them.
+    gc.collect()
+    output, _ = layer(x)
+    forward = held()
+    output.sum().backward()
+    del output
+    x.grad = None
+    return {"forward": forward, "after": held(), "host": "host" in install().statistics()["backend"]}
 
 
 def world2() -> dict[str, Any]:
@@ -387,6 +466,10 @@ def world2() -> dict[str, Any]:
     out["buffers"] = install().statistics()
     out["train"]["again"] = train("deepep", 50)
     out["train_bf16"] = {name: train(name, 50, **bf16) for name in DISPATCHERS}
+    out["recompute_full"] = recompute_job()
+    out["evaluation"] = {name: evaluation_job(name) for name in DISPATCHERS}
+    out["fp8"] = fp8_job()
+    out["lease"] = lease_job()
     out["layers"] = layers_job()
     out["dense"] = dense_job()
     out["identity"] = identity_job()
@@ -402,6 +485,8 @@ def world2() -> dict[str, Any]:
 def world4() -> dict[str, Any]:
     parallel(ep=4)
     out: dict[str, Any] = {"train": {name: train(name, 50) for name in DISPATCHERS}}
+    out["train"]["again"] = train("deepep", 10)
+    out["train_bf16"] = {name: train(name, 50, params_dtype=torch.bfloat16) for name in DISPATCHERS}
     parallel(ep=2)
     out["expert_dp"] = {name: train(name, 10) for name in DISPATCHERS}
     parallel(ep=2, tp=2, expert_tp=2)

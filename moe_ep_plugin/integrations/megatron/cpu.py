@@ -9,13 +9,13 @@ refuses to run there.
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from ...errors import BackendUnavailable, ConfigError
+from ...errors import ConfigError
+from .upstream import define_missing_names, import_megatron
 
 _MARK = "_moe_ep_plugin_cpu"
 
@@ -143,9 +143,9 @@ def _random_answers() -> None:
 
 
 def _megatron_fixes() -> None:
-    random = _module("megatron.core.tensor_parallel.random")
-    moe_utils = _module("megatron.core.transformer.moe.moe_utils")
-    token_dispatcher = _module("megatron.core.transformer.moe.token_dispatcher")
+    define_missing_names()
+    random = import_megatron("megatron.core.tensor_parallel.random")
+    token_dispatcher = import_megatron("megatron.core.transformer.moe.token_dispatcher")
 
     def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
         return torch.get_rng_state()
@@ -158,10 +158,6 @@ def _megatron_fixes() -> None:
     _replace(random, "_get_cuda_rng_state", get_state)
     _replace(random, "_set_cuda_rng_state", set_state)
 
-    # 0.14 to 0.16 use the name without having defined it where TransformerEngine is not installed.
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
-
     move = token_dispatcher.maybe_move_tensor_to_cpu
 
     def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -171,13 +167,3 @@ def _megatron_fixes() -> None:
 
     # It honours ``as_numpy`` for CUDA tensors only, and all_to_all_single refuses splits that are tensors.
     _replace(token_dispatcher, "maybe_move_tensor_to_cpu", maybe_move_tensor_to_cpu)
-
-
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        remedy = "pip install megatron-core"
-        if (error.name or "").split(".")[0] == "triton":
-            remedy = "Megatron-Core 0.18 and later import triton at start, also without a GPU: pip install triton"
-        raise BackendUnavailable(f"{name} can't be imported ({error}); {remedy}") from error

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import importlib
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from ...errors import BackendUnavailable
 from .options import Options
 from .session import Session
+from .upstream import define_missing_names, import_megatron
 
 OLDEST = (0, 14)
 NEWEST = (0, 19)
@@ -91,7 +93,8 @@ def install(**options: Any) -> Session:
     session = Session(Options())
     session.configure(**options)
     installation = Installation(session)
-    moe_layer = importlib.import_module("megatron.core.transformer.moe.moe_layer")
+    define_missing_names()
+    moe_layer = import_megatron("megatron.core.transformer.moe.moe_layer")
     _accept_type(installation)
     _keep_expert_inputs(installation)
     installation.upstream = installation.put(moe_layer, "MoEFlexTokenDispatcher", installation)
@@ -124,13 +127,7 @@ def check_version() -> str:
         BackendUnavailable: It is missing, can't be imported, or is outside the range.
     """
     supported = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
-    try:
-        version = str(importlib.import_module("megatron.core").__version__)
-    except (ImportError, AttributeError) as error:
-        raise BackendUnavailable(
-            f"megatron.core can't be imported ({error}); install megatron-core {supported}, or put its source tree "
-            "on PYTHONPATH"
-        ) from error
+    version = str(import_megatron("megatron.core").__version__)
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers is None or not OLDEST <= (int(numbers[1]), int(numbers[2])) <= NEWEST:
         raise BackendUnavailable(
@@ -142,15 +139,9 @@ def check_version() -> str:
 
 
 def _installation() -> Installation | None:
-    try:
-        moe_layer = importlib.import_module("megatron.core.transformer.moe.moe_layer")
-    except ImportError as error:
-        if (error.name or "").split(".")[0] == "megatron":
-            return None
-        raise BackendUnavailable(
-            f"Megatron-Core's MoE layer can't be imported: {error}; 0.18 and later need triton (pip install triton)"
-        ) from error
-    found = moe_layer.MoEFlexTokenDispatcher
+    # A module that nobody has imported has not been changed by us.
+    moe_layer = sys.modules.get("megatron.core.transformer.moe.moe_layer")
+    found = getattr(moe_layer, "MoEFlexTokenDispatcher", None)
     return found if isinstance(found, Installation) else None
 
 
