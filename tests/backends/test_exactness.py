@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from moe_ep_plugin import CapacityError, DispatchOutput, EpBuffer, EpConfig
 
 from .. import oracle
+from ..conftest import why_unavailable
 
 ROUTINGS_PER_CASE = 8
 CASES_PER_RANK_COUNT = {1: 48, 2: 48, 3: 46, 4: 46, 5: 40, 6: 40}
@@ -350,9 +351,11 @@ def test_random_routings(ranks, backend, num_ranks):
     """Against the oracle; and for host, against collective in the same process."""
     pool = ranks(num_ranks)
     backends = ("collective",) if backend == "collective" else ("collective", backend)
+    # Where host is built, its turn puts collective through all of these cases; a few show that it stands alone.
+    num_cases = 4 if backend == "collective" and not why_unavailable("host") else CASES_PER_RANK_COUNT[num_ranks]
     compared = 0
 
-    @settings(max_examples=CASES_PER_RANK_COUNT[num_ranks])
+    @settings(max_examples=num_cases)
     @given(case=cases(num_ranks))
     def check(case: Case) -> None:
         nonlocal compared
@@ -360,7 +363,7 @@ def test_random_routings(ranks, backend, num_ranks):
         compared += counts[0]
 
     check()
-    assert compared >= ROUTINGS_PER_CASE * CASES_PER_RANK_COUNT[num_ranks]
+    assert compared >= ROUTINGS_PER_CASE * num_cases
 
 
 def bits_of_two_runs(case: Case, backend: str) -> None:
