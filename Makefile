@@ -60,7 +60,7 @@ example: $(READY)  ## The API in thirty lines
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/dispatch_combine.py $(ARGS)
 
 bench: $(READY)  ## Host backend against index-permute and gloo all-to-all
-	$(BIN)/python tests/bench/bench_host.py $(ARGS)
+	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) tests/bench/bench_host.py $(ARGS)
 
 kernels:  ## Compile every CUDA kernel for every architecture; needs nvcc but no GPU
 ifeq ($(CUDA_SOURCES),)
