@@ -50,11 +50,11 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
   }
 
   OperationPost post{};
-  post.operation = static_cast<std::int32_t>(Operation::kCombine);
-  post.layout = static_cast<std::int32_t>(routing.layout);
-  post.element = static_cast<std::int32_t>(arguments.element);
-  post.row_bytes = static_cast<std::int32_t>(row_bytes);
-  post.topk = static_cast<std::int32_t>(routing.topk);
+  post.operation = static_cast<std::int64_t>(Operation::kCombine);
+  post.layout = static_cast<std::int64_t>(routing.layout);
+  post.element = static_cast<std::int64_t>(arguments.element);
+  post.row_bytes = static_cast<std::int64_t>(row_bytes);
+  post.topk = static_cast<std::int64_t>(routing.topk);
   post.has_weights = arguments.has_weights;
   post.has_values = arguments.has_values;
   post.routing_id = routing.id;

@@ -39,12 +39,12 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
   if (expected_bytes_ > 0) room.lease = pool_->allocate(expected_bytes_);
 
   OperationPost post{};
-  post.operation = static_cast<std::int32_t>(Operation::kDispatch);
-  post.layout = static_cast<std::int32_t>(layout);
-  post.element = static_cast<std::int32_t>(has_scales ? Element::kFloat8 : arguments.element);
-  post.row_bytes = static_cast<std::int32_t>(sizes.row);
-  post.scale_bytes = static_cast<std::int32_t>(sizes.scale);
-  post.topk = static_cast<std::int32_t>(topk);
+  post.operation = static_cast<std::int64_t>(Operation::kDispatch);
+  post.layout = static_cast<std::int64_t>(layout);
+  post.element = static_cast<std::int64_t>(has_scales ? Element::kFloat8 : arguments.element);
+  post.row_bytes = static_cast<std::int64_t>(sizes.row);
+  post.scale_bytes = static_cast<std::int64_t>(sizes.scale);
+  post.topk = static_cast<std::int64_t>(topk);
   post.has_weights = arguments.has_weights;
   post.routing_id = reuses ? arguments.routing->id : 0;
   post.max_recv_rows = reuses ? arguments.routing->max_recv_rows : arguments.max_recv_rows;
