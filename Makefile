@@ -4,20 +4,19 @@ VENV ?= .venv
 RANKS ?= 4
 ARGS ?=
 CXX ?= g++
-NVCC ?= nvcc
 TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 HOST_SOURCES := $(wildcard csrc/host/*.cpp)
-CUDA_SOURCES := $(shell find csrc/cuda -name '*.cu' 2>/dev/null)
 CPP_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
-CUDA_ARCHITECTURES := 80 90a 100a
+# Starts programs on a GPU machine: a process a rank by torchrun, and CUDA's MPS where ranks share a GPU.
+SHARE_GPU := $(BIN)/python -m moe_ep_plugin.share_gpu
 
-.PHONY: help venv megatron test lint format types pretrain example bench kernels tsan clean
+.PHONY: help venv megatron test test-gpu lint format types pretrain example bench bench-gpu kernels tsan clean
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(READY)  ## Set up $(VENV): torch, this package (editable) and what tests and examples need
 
@@ -40,6 +39,9 @@ test: $(READY)  ## All tests; ARGS="tests/test_wire.py -k nan" for some
 	  echo "test: not everything for the Megatron tests could be downloaded; those that need it are skipped"
 	$(BIN)/python -m pytest $(ARGS)
 
+test-gpu: $(READY)  ## Tests that need a GPU; options in ARGS
+	$(SHARE_GPU) -- $(BIN)/python -m pytest tests/gpu $(ARGS)
+
 lint: $(READY)  ## ruff and clang-format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,7 +56,7 @@ types: $(READY)  ## mypy on the package
 	$(BIN)/mypy
 
 pretrain: $(READY)  ## Train a small MoE GPT with Megatron-Core, RANKS processes; options in ARGS
-	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/pretrain_megatron_moe.py $(ARGS)
+	$(SHARE_GPU) --ranks $(RANKS) -- examples/pretrain_megatron_moe.py $(ARGS)
 
 example: $(READY)  ## The API in thirty lines
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/dispatch_combine.py $(ARGS)
@@ -62,18 +64,13 @@ example: $(READY)  ## The API in thirty lines
 bench: $(READY)  ## Host backend against index-permute and gloo all-to-all
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) tests/bench/bench_host.py $(ARGS)
 
-kernels:  ## Compile every CUDA kernel for every architecture; needs nvcc but no GPU
-ifeq ($(CUDA_SOURCES),)
-	@echo "kernels: skipped: csrc/cuda has no kernels in this version"
-else ifeq ($(shell command -v $(NVCC) 2>/dev/null),)
-	@echo "kernels: skipped: $(NVCC) was not found"
-else
-	@set -e; mkdir -p build/kernels; for source in $(CUDA_SOURCES); do for arch in $(CUDA_ARCHITECTURES); do \
-	  echo "$$source sm_$$arch"; \
-	  $(NVCC) -std=c++17 -O3 -Icsrc -gencode=arch=compute_$$arch,code=sm_$$arch \
-	    -c $$source -o build/kernels/$$(basename $$source .cu).sm_$$arch.o; \
-	done; done
-endif
+bench-gpu: RANKS = 8
+bench-gpu: $(READY)  ## CUDA backend against the alternatives, 8 ranks unless RANKS is given
+	$(SHARE_GPU) --ranks $(RANKS) -- tests/bench/bench_throughput.py $(ARGS)
+
+# setup.py has the flags and knows what is up to date. It needs an environment, not the newest build in it.
+kernels: $(if $(wildcard $(BIN)/python),,$(READY))  ## Compile the CUDA kernels that changed; needs nvcc but no GPU
+	$(BIN)/python setup.py --quiet kernels
 
 tsan:  ## Stress the host protocol under ThreadSanitizer
 ifeq ($(wildcard tests/native/host_stress.cpp),)

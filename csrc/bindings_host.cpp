@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -11,8 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "bindings_errors.h"
 #include "host/communicator.h"
-#include "host/errors.h"
 
 namespace py = pybind11;
 
@@ -24,37 +23,6 @@ using Address = std::tuple<std::int64_t, std::int64_t, std::uint64_t, std::uint6
 template <class T>
 T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
-}
-
-const char* python_name(ErrorKind kind) {
-  switch (kind) {
-    case ErrorKind::kConfig: return "ConfigError";
-    case ErrorKind::kState: return "StateError";
-    case ErrorKind::kUnavailable: return "BackendUnavailable";
-    case ErrorKind::kCapacity: return "CapacityError";
-    case ErrorKind::kTimeout: return "PeerTimeout";
-    case ErrorKind::kLost: return "PeerLost";
-    case ErrorKind::kMismatch: return "PeerMismatch";
-  }
-  return "EpError";
-}
-
-void translate(std::exception_ptr thrown) {
-  try {
-    if (thrown) std::rethrow_exception(thrown);
-  } catch (const Error& error) {
-    const py::object type = py::module_::import("moe_ep_plugin.errors").attr(python_name(error.kind()));
-    // A message may quote another process's text, cut anywhere.
-    const py::object text = py::reinterpret_steal<py::object>(
-        PyUnicode_DecodeUTF8(error.what(), static_cast<py::ssize_t>(std::strlen(error.what())), "replace"));
-    PyErr_SetObject(type.ptr(), text.ptr());
-  }
-}
-
-// Lets Ctrl-C end a wait.
-void check_python_signals() {
-  const py::gil_scoped_acquire gil;
-  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
 HeapLayout heap_layout(std::size_t num_ranks, std::size_t num_experts, std::size_t pool_bytes,
@@ -162,7 +130,7 @@ py::buffer_info block_buffer(Block& block) {
 
 PYBIND11_MODULE(_host, module) {
   module.doc() = "Shared-memory dispatch and combine between the processes of one machine.";
-  py::register_exception_translator(translate);
+  py::register_exception_translator(translate_error);
 
   py::class_<Block>(module, "Block", py::buffer_protocol()).def_buffer(&block_buffer);
   py::class_<Pool, std::shared_ptr<Pool>>(module, "Heap")

@@ -60,3 +60,12 @@ def load_host() -> Any:
         BackendUnavailable: It is not there or does not load; says why, the same at every call.
     """
     return _module("host")
+
+
+def load_cuda() -> Any:
+    """The compiled module of the CUDA backend; loading it needs neither a driver nor a device.
+
+    Raises:
+        BackendUnavailable: It is not there or does not load; says why, the same at every call.
+    """
+    return _module("cuda")

@@ -96,6 +96,7 @@ class EpBuffer:
         handle: DispatchHandle | None = None,
         max_recv_tokens: int | None = None,
         wire: Wire | None = None,
+        num_sms: int | None = None,
         async_op: bool = False,
         previous_event: Event | None = None,
     ) -> DispatchOutput:
@@ -110,11 +111,16 @@ class EpBuffer:
             layout: ``"expert"`` groups the received rows by local expert, ``"rank"`` keeps one row per
                 (source rank, token).
             handle: Reuse the routing of an earlier dispatch: no counting. ``layout`` is the handle's.
-            max_recv_tokens: Fixed number of rows to return, so that no size depends on the routing.
+            max_recv_tokens: Fixed number of rows to return, so that no size depends on the routing. On GPUs the
+                host then waits for nothing, the call can be captured in a CUDA graph, and rows that do not fit
+                are reported by :meth:`check` (or by a later call), never written elsewhere.
             wire: Overrides ``config.wire`` for this call.
-            async_op: Return without waiting for completion where the backend can (the CPU backends and
-                ``"collective"`` complete the call first); wait on ``event``.
-            previous_event: Waited on before anything is read.
+            num_sms: Overrides ``config.num_sms`` for this call; backend ``"cuda"`` only.
+            async_op: On GPUs, run on the buffer's communication stream and return without making the current
+                stream wait: wait on ``event`` before the results are used. The CPU backends and
+                ``"collective"`` complete the call first.
+            previous_event: Waited on before anything is read; by the communication stream with ``async_op``,
+                which then does not wait for the current stream.
 
         Returns:
             The received rows; see :class:`DispatchOutput` for shapes.
@@ -127,11 +133,23 @@ class EpBuffer:
         """
         with self._operation("dispatch"):
             started = time.perf_counter()
-            request = self._check.dispatch_request(x, topk_idx, topk_weights, layout, handle, max_recv_tokens, wire)
+            request = self._check.dispatch_request(
+                x,
+                topk_idx,
+                topk_weights,
+                layout,
+                handle,
+                max_recv_tokens,
+                wire,
+                num_sms=num_sms,
+                async_op=async_op,
+                previous_event=previous_event,
+            )
             with self._collective():
-                if previous_event is not None:
+                if previous_event is not None and not self._backend.orders_streams:
                     previous_event.wait()
                 out = self._backend.dispatch(request)
+            self.stats.operations += 1
             self.stats.dispatch_seconds += time.perf_counter() - started
             return out
 
@@ -142,6 +160,7 @@ class EpBuffer:
         handle: DispatchHandle,
         *,
         topk_weights: torch.Tensor | None = None,
+        num_sms: int | None = None,
         async_op: Literal[False] = False,
         previous_event: Event | None = None,
     ) -> torch.Tensor: ...
@@ -153,6 +172,7 @@ class EpBuffer:
         handle: DispatchHandle,
         *,
         topk_weights: torch.Tensor | None = None,
+        num_sms: int | None = None,
         async_op: Literal[True],
         previous_event: Event | None = None,
     ) -> CombineOutput: ...
@@ -163,6 +183,7 @@ class EpBuffer:
         handle: DispatchHandle,
         *,
         topk_weights: torch.Tensor | None = None,
+        num_sms: int | None = None,
         async_op: bool = False,
         previous_event: Event | None = None,
     ) -> torch.Tensor | CombineOutput:
@@ -176,7 +197,7 @@ class EpBuffer:
             handle: The dispatch to reverse.
             topk_weights: fp32 [handle.num_rows] factors of the rows, as received beside them. Layout
                 ``"expert"`` only; without it the sum is plain.
-            async_op, previous_event: As in :meth:`dispatch`.
+            num_sms, async_op, previous_event: As in :meth:`dispatch`.
 
         Returns:
             [num_tokens, hidden] of the dtype of ``rows``; zeros for a token without experts. With
@@ -185,7 +206,14 @@ class EpBuffer:
         Raises:
             As :meth:`dispatch`.
         """
-        out = self.combine_with_values(rows, handle, topk_weights=topk_weights, previous_event=previous_event)
+        out = self.combine_with_values(
+            rows,
+            handle,
+            topk_weights=topk_weights,
+            num_sms=num_sms,
+            async_op=async_op,
+            previous_event=previous_event,
+        )
         return out if async_op else out.x
 
     def combine_with_values(
@@ -195,6 +223,8 @@ class EpBuffer:
         *,
         topk_weights: torch.Tensor | None = None,
         row_values: torch.Tensor | None = None,
+        num_sms: int | None = None,
+        async_op: bool = False,
         previous_event: Event | None = None,
     ) -> CombineOutput:
         """Combine, and return one fp32 value per (token, top-k position) beside the sums.
@@ -202,7 +232,7 @@ class EpBuffer:
         The values travel the way ``topk_weights`` came, backwards: this is what carries their gradients.
 
         Args:
-            rows, handle, topk_weights, previous_event: As in :meth:`combine`.
+            rows, handle, topk_weights, num_sms, async_op, previous_event: As in :meth:`combine`.
             row_values: fp32 [handle.num_rows] in layout ``"expert"``, [handle.num_rows, num_topk] in
                 layout ``"rank"``, where values for experts of other ranks are ignored.
 
@@ -211,11 +241,20 @@ class EpBuffer:
         """
         with self._operation("combine"):
             started = time.perf_counter()
-            request = self._check.combine_request(rows, handle, topk_weights, row_values)
+            request = self._check.combine_request(
+                rows,
+                handle,
+                topk_weights,
+                row_values,
+                num_sms=num_sms,
+                async_op=async_op,
+                previous_event=previous_event,
+            )
             with self._collective():
-                if previous_event is not None:
+                if previous_event is not None and not self._backend.orders_streams:
                     previous_event.wait()
                 out = self._backend.combine(request)
+            self.stats.operations += 1
             self.stats.combine_seconds += time.perf_counter() - started
             return out
 
@@ -230,6 +269,20 @@ class EpBuffer:
         dtype = self.config.dtype if dtype is None else dtype
         self._check.check_dtype("dtype", dtype)
         return self._backend.empty_rows(handle, dtype)
+
+    def check(self) -> None:
+        """Wait for this rank's operations under way and raise what they ran into.
+
+        Only operations that return before they have completed need it: on GPUs, those with
+        ``max_recv_tokens``, with ``handle``, and combines. What went wrong in them is raised here, or by the
+        next call on this buffer.
+
+        Raises:
+            CapacityError: Rows of a dispatch did not fit ``max_recv_tokens``; they were dropped on all ranks.
+            PeerTimeout, PeerLost, PeerMismatch: As :meth:`dispatch`.
+        """
+        with self._operation("check"), self._collective():
+            self._backend.check()
 
     def close(self) -> None:
         """Give the heap back; idempotent, and waits for no peer. Tensors handed out stay valid."""
@@ -262,7 +315,6 @@ class EpBuffer:
             )
         try:
             yield
-            self.stats.operations += 1
         finally:
             self._lock.release()
 

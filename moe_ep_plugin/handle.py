@@ -21,8 +21,10 @@ class DispatchHandle:
         num_topk: Columns of the ``topk_idx`` that was dispatched.
         num_rows: Rows that this rank received, in ``layout``: padding included for ``"expert"``; the
             fixed size where ``max_recv_tokens`` was given.
-        num_received: Rows among ``num_rows`` that carry a token (the others are padding).
-        tokens_per_expert: int64 [num_local_experts], CPU: received rows per local expert, no padding.
+        num_received: Rows among ``num_rows`` that carry a token (the others are padding). None where only the
+            device knows: backend ``"cuda"`` with ``max_recv_tokens``.
+        tokens_per_expert: int64 [num_local_experts]: received rows per local expert, no padding. On the CPU, or
+            on the device where only it knows the sizes (see ``num_received``).
         max_recv_tokens: The fixed row count asked for, or None.
         buffer_id: Identifies the buffer that made the handle; another buffer refuses it.
         state: The backend's own routing tables.
@@ -32,7 +34,7 @@ class DispatchHandle:
     num_tokens: int
     num_topk: int
     num_rows: int
-    num_received: int
+    num_received: int | None
     tokens_per_expert: torch.Tensor
     max_recv_tokens: int | None
     buffer_id: int

@@ -13,6 +13,8 @@ _PAGE = 4096
 # Leased blocks of the largest kind that the default pool has room for: a few layers' activations.
 _DEFAULT_POOL_BLOCKS = 4
 _SMALLEST_POOL = 64 << 20
+# On GPUs: how much more than its even share of the routes a rank is expected to receive.
+_SPREAD = 2
 
 
 def _align(value: int, alignment: int) -> int:
@@ -25,8 +27,10 @@ class MemoryPlan:
 
     Attributes:
         largest_block: The most that one dispatch can receive: every rank sends all its tokens here.
-        pool: Limit of the leased rows (``pool_bytes``, or a few times ``largest_block``).
-        overflow: Kept aside for a dispatch that finds the pool used up; its rows are then copied out.
+        pool: Limit of the leased rows (``pool_bytes``, or a few times what a dispatch is expected to receive, and
+            at least ``largest_block``).
+        overflow: Kept aside for a dispatch that finds the pool used up; its rows are then copied out. On the
+            host for the largest block; on GPUs, where it is taken at once, for twice a balanced one.
     """
 
     largest_block: int
@@ -35,7 +39,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """Address space reserved for rows. The host backend takes memory for what is used only."""
+        """Bytes reserved for rows: address space on the host, where memory is taken as it is used; memory on GPUs."""
         return self.pool + self.overflow
 
 
@@ -48,8 +52,18 @@ def plan(config: EpConfig, num_ranks: int) -> MemoryPlan:
     scales = 4 * num_scales(config.hidden)
     per_expert_row = row + scales + 4
     per_rank_row = row + scales + (4 + 8) * config.num_topk
-    expert_rows = tokens * config.num_topk + most_local_experts * (config.expert_alignment - 1)
-    largest = max(expert_rows * per_expert_row, tokens * per_rank_row) + 4 * _CACHE_LINE
-    largest = _align(largest, _PAGE)
-    pool = config.pool_bytes if config.pool_bytes is not None else max(_DEFAULT_POOL_BLOCKS * largest, _SMALLEST_POOL)
-    return MemoryPlan(largest_block=largest, pool=_align(pool, _PAGE), overflow=largest)
+
+    def block(tokens: int) -> int:
+        """Bytes that the routes of ``tokens`` tokens take on one rank, in whichever layout takes more."""
+        expert_rows = tokens * config.num_topk + most_local_experts * (config.expert_alignment - 1)
+        return _align(max(expert_rows * per_expert_row, tokens * per_rank_row) + 4 * _CACHE_LINE, _PAGE)
+
+    largest = block(tokens)
+    if config.device_type == "cuda":
+        # Memory is taken at once, so the worst case is kept room for once only, not for every block that is held.
+        usual = min(largest, _SPREAD * block(config.max_tokens_per_rank))
+        default_pool, overflow = max(_DEFAULT_POOL_BLOCKS * usual, largest), usual
+    else:
+        default_pool, overflow = _DEFAULT_POOL_BLOCKS * largest, largest
+    pool = config.pool_bytes if config.pool_bytes is not None else max(default_pool, _SMALLEST_POOL)
+    return MemoryPlan(largest_block=largest, pool=_align(pool, _PAGE), overflow=overflow)

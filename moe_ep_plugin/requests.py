@@ -10,7 +10,7 @@ from .backends.base import CombineRequest, DispatchRequest
 from .config import SUPPORTED_DTYPES, EpConfig
 from .errors import ConfigError
 from .handle import DispatchHandle
-from .types import Layout, Wire
+from .types import Event, Layout, Wire
 from .wire import FP8_DTYPE, num_scales
 
 
@@ -79,6 +79,10 @@ class RequestChecker:
         handle: DispatchHandle | None,
         max_recv_tokens: int | None,
         wire: Wire | None,
+        *,
+        num_sms: int | None = None,
+        async_op: bool = False,
+        previous_event: Event | None = None,
     ) -> DispatchRequest:
         """Arguments of :meth:`EpBuffer.dispatch`, checked."""
         config = self.config
@@ -146,6 +150,9 @@ class RequestChecker:
             handle=handle,
             max_recv_tokens=max_recv_tokens,
             wire=wire,
+            num_sms=_checked_sms(num_sms),
+            async_op=async_op,
+            previous_event=previous_event,
         )
 
     def combine_request(
@@ -154,6 +161,10 @@ class RequestChecker:
         handle: DispatchHandle,
         row_weights: torch.Tensor | None,
         row_values: torch.Tensor | None,
+        *,
+        num_sms: int | None = None,
+        async_op: bool = False,
+        previous_event: Event | None = None,
     ) -> CombineRequest:
         """Arguments of :meth:`EpBuffer.combine_with_values`, checked."""
         self.check_handle(handle)
@@ -171,4 +182,21 @@ class RequestChecker:
         if row_values is not None:
             shape = (handle.num_rows,) if handle.layout == "expert" else (handle.num_rows, handle.num_topk)
             row_values = self._check_tensor("row_values", row_values, shape, torch.float32)
-        return CombineRequest(rows=rows, handle=handle, row_weights=row_weights, row_values=row_values)
+        return CombineRequest(
+            rows=rows,
+            handle=handle,
+            row_weights=row_weights,
+            row_values=row_values,
+            num_sms=_checked_sms(num_sms),
+            async_op=async_op,
+            previous_event=previous_event,
+        )
+
+
+def _checked_sms(num_sms: int | None) -> int | None:
+    whole = isinstance(num_sms, int) and not isinstance(num_sms, bool) and num_sms >= 1
+    if num_sms is not None and not whole:
+        raise ConfigError.of(
+            "num_sms", repr(num_sms), "it must be None or a whole number of at least 1", "leave it out"
+        )
+    return num_sms

@@ -62,8 +62,9 @@ class DispatchOutput:
             expert lives elsewhere (and in the rows past the received ones). None in layout ``"expert"``.
         topk_weights: fp32, 0 where there is no local expert: [num_rows] in layout ``"expert"``,
             [num_recv_tokens, num_topk] in layout ``"rank"``. None if no weights were sent.
-        tokens_per_expert: int64 [num_local_experts] on the CPU for the CPU backends: rows per local
-            expert, padding included in layout ``"expert"``.
+        tokens_per_expert: int64 [num_local_experts]: rows per local expert, padding included in layout
+            ``"expert"``. On the CPU; on the device with backend ``"cuda"`` and ``max_recv_tokens``, where no size
+            comes to the host.
         handle: Routing state; give it to ``combine`` and to later ``dispatch`` calls.
         event: Completion of the operation.
     """

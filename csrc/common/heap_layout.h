@@ -35,6 +35,14 @@ constexpr int kNumSteps = 4;
 
 enum class Operation : std::int32_t { kDispatch = 0, kCombine = 1 };
 enum class RowLayout : std::int32_t { kExpert = 0, kRank = 1 };
+enum class Element : std::int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat8 = 3 };
+
+MOE_EP_HOST_DEVICE constexpr std::size_t element_bytes(Element element) {
+  return element == Element::kFloat32 ? 4 : element == Element::kFloat8 ? 1 : 2;
+}
+
+// Elements along hidden that share one FP8 scale.
+constexpr std::size_t kFp8Block = 128;
 
 // What a rank tells every peer at the start of an operation. The first group must be equal on all ranks.
 struct OperationPost {
@@ -49,11 +57,17 @@ struct OperationPost {
   std::int64_t routing_id;  // sequence number of the dispatch that made the handle; 0: this one makes it
 
   std::int64_t max_recv_rows;  // -1: exact sizes
+  std::int64_t block_rows;     // rows that the block is laid out for; -1: as many as come
+  std::int64_t bad_route;      // 1 + flat index in topk_idx of an id out of range; 0: none
+  std::int64_t bad_expert;     // that id
   std::int64_t block_offset;   // dispatch: where peers may write; combine: where they may read
   std::int64_t block_bytes;    // -1: this rank could not find room, the operation is off
   std::int64_t side_offset;    // combine: weights (layout expert), then values
   std::int64_t values_offset;
 };
+
+// Leading fields of a post that are compared.
+constexpr int kNumComparedFields = 9;
 
 // A receive block that was not large enough is replaced by a granted one once all counts are known.
 struct Grant {

@@ -3,7 +3,7 @@
 #include <string>
 
 #include "host/communicator.h"
-#include "host/errors.h"
+#include "common/errors.h"
 #include "host/index.h"
 
 namespace moe_ep {

@@ -5,27 +5,19 @@
 #include <new>
 #include <utility>
 
-#include "host/errors.h"
+#include "common/errors.h"
+#include "common/peer_text.h"
+#include "host/index.h"
 
 namespace moe_ep {
 namespace {
 
-struct ComparedField {
-  const char* name;
-  std::int64_t OperationPost::* field;
-};
-
-constexpr ComparedField kComparedFields[] = {
-    {"operation (0 dispatch, 1 combine)", &OperationPost::operation},
-    {"layout (0 expert, 1 rank)", &OperationPost::layout},
-    {"element type", &OperationPost::element},
-    {"bytes per row", &OperationPost::row_bytes},
-    {"scale bytes per row", &OperationPost::scale_bytes},
-    {"topk", &OperationPost::topk},
-    {"has topk_weights", &OperationPost::has_weights},
-    {"has row_values", &OperationPost::has_values},
-    {"handle (the operation that made it; 0: none)", &OperationPost::routing_id},
-};
+// Field `index` of the leading, compared ones.
+std::int64_t compared_field(const OperationPost& post, int index) {
+  std::int64_t value;
+  std::memcpy(&value, reinterpret_cast<const std::uint8_t*>(&post) + sizeof(value) * at(index), sizeof(value));
+  return value;
+}
 
 }  // namespace
 
@@ -78,13 +70,11 @@ void Communicator::publish(const OperationPost& post, const Counts* counts) {
 void Communicator::compare_posts(const OperationPost& mine) const {
   for (int source = 0; source < peers_->num_ranks(); ++source) {
     const OperationPost* theirs = peers_->post(peers_->rank(), sequence_, source);
-    for (const ComparedField& compared : kComparedFields) {
-      if (theirs->*compared.field == mine.*compared.field) continue;
-      throw Error(ErrorKind::kMismatch,
-                  "rank " + std::to_string(source) + " differs from rank " + std::to_string(peers_->rank()) +
-                      " at operation " + std::to_string(sequence_) + ": " + compared.name + " is " +
-                      std::to_string(theirs->*compared.field) + " there and " + std::to_string(mine.*compared.field) +
-                      " here; call the same operations in the same order on every rank");
+    for (int field = 0; field < kNumComparedFields; ++field) {
+      const std::int64_t there = compared_field(*theirs, field);
+      const std::int64_t here = compared_field(mine, field);
+      if (there == here) continue;
+      throw Error(ErrorKind::kMismatch, describe_difference(source, peers_->rank(), sequence_, field, there, here));
     }
   }
 }

@@ -5,7 +5,8 @@
 #include <utility>
 
 #include "host/communicator.h"
-#include "host/errors.h"
+#include "common/errors.h"
+#include "common/peer_text.h"
 #include "host/index.h"
 
 namespace moe_ep {
@@ -124,9 +125,7 @@ void Communicator::check_max_recv(const RoutingRequest& request) const {
                                             " rows, but slots are 32-bit; dispatch fewer tokens at a time");
     }
     if (limit < 0 || need <= limit) continue;
-    throw Error(ErrorKind::kCapacity, "rank " + std::to_string(rank) + " would receive " + std::to_string(need) +
-                                          " rows, but its max_recv_tokens is " + std::to_string(limit) +
-                                          "; raise max_recv_tokens or leave it out for exact sizes");
+    throw Error(ErrorKind::kCapacity, describe_overflow(rank, need, limit));
   }
 }
 

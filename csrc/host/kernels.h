@@ -7,15 +7,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/heap_layout.h"
+
 namespace moe_ep {
-
-enum class Element : std::int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat8 = 3 };
-
-constexpr std::size_t element_bytes(Element element) {
-  return element == Element::kFloat32 ? 4 : element == Element::kFloat8 ? 1 : 2;
-}
-
-constexpr std::size_t kFp8Block = 128;
 
 // One addend of a token's sum. Terms of one rank follow each other and are summed on their own first.
 struct ReduceTerm {

@@ -1,8 +1,6 @@
 #include "host/peers.h"
 
 #include <linux/futex.h>
-#include <poll.h>
-#include <signal.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -16,7 +14,8 @@
 #include <thread>
 #include <utility>
 
-#include "host/errors.h"
+#include "common/errors.h"
+#include "common/peer_text.h"
 
 namespace moe_ep {
 namespace {
@@ -25,16 +24,6 @@ using Clock = std::chrono::steady_clock;
 
 constexpr auto kIdlePeriod = std::chrono::milliseconds(100);
 constexpr int kSpinsWithOwnCore = 4000;
-
-const char* step_name(Step step) {
-  switch (step) {
-    case Step::kPost: return "the exchange of counts and addresses";
-    case Step::kGrant: return "the grant of a receive block";
-    case Step::kArrival: return "the arrival of rows";
-    case Step::kRead: return "the reading of rows";
-  }
-  return "an unknown step";
-}
 
 void futex_wait(std::uint32_t* word, std::uint32_t seen, std::chrono::nanoseconds longest) {
   timespec limit{};
@@ -45,25 +34,10 @@ void futex_wait(std::uint32_t* word, std::uint32_t seen, std::chrono::nanosecond
 
 void futex_wake(std::uint32_t* word) { syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0); }
 
-int open_pidfd(std::int64_t pid) {
-#if defined(SYS_pidfd_open)
-  return static_cast<int>(syscall(SYS_pidfd_open, static_cast<pid_t>(pid), 0));
-#else
-  (void)pid;
-  return -1;
-#endif
-}
-
 inline void relax() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #endif
-}
-
-std::string seconds(double value) {
-  char text[32];
-  std::snprintf(text, sizeof(text), "%.3g s", value);
-  return text;
 }
 
 }  // namespace
@@ -78,17 +52,10 @@ Peers::Peers(int rank, HeapLayout layout, std::vector<std::uint8_t*> bases, std:
       on_idle_(std::move(on_idle)) {
   for (int i = 0; i < num_ranks(); ++i) {
     all_.push_back(i);
-    const std::int64_t pid = processes_[static_cast<std::size_t>(i)].pid;
-    descriptors_.push_back(pid > 0 && i != rank_ ? open_pidfd(pid) : -1);
+    watches_.emplace_back(i == rank_ ? 0 : processes_[static_cast<std::size_t>(i)].pid);
   }
   // Spinning only helps a rank that does not take the core from the peer that it waits for.
   spins_ = std::thread::hardware_concurrency() >= bases_.size() ? kSpinsWithOwnCore : 0;
-}
-
-Peers::~Peers() {
-  for (int descriptor : descriptors_) {
-    if (descriptor >= 0) ::close(descriptor);
-  }
 }
 
 OperationPost* Peers::post(int reader, std::uint64_t sequence, int source) const {
@@ -161,22 +128,11 @@ void Peers::wait(Step step, std::uint64_t sequence, const std::vector<int>& sour
   }
 }
 
-bool Peers::process_ended(int rank) const {
-  const std::int64_t pid = processes_[static_cast<std::size_t>(rank)].pid;
-  if (pid == 0 || rank == rank_) return false;
-  const int descriptor = descriptors_[static_cast<std::size_t>(rank)];
-  if (descriptor >= 0) {
-    pollfd query{descriptor, POLLIN, 0};
-    return poll(&query, 1, 0) > 0 && (query.revents & POLLIN) != 0;
-  }
-  return kill(static_cast<pid_t>(pid), 0) != 0 && errno == ESRCH;
-}
-
 void Peers::check_alive(Step step, std::uint64_t sequence, const std::vector<int>& sources, const char* operation) {
   for (int source : sources) {
     auto* departure = reinterpret_cast<Departure*>(base(rank_) + layout_.departure(static_cast<std::size_t>(source)));
     const std::uint32_t state = __atomic_load_n(&departure->state, __ATOMIC_ACQUIRE);
-    const bool ended = process_ended(source);
+    const bool ended = watches_[static_cast<std::size_t>(source)].ended();
     // A peer may have done its part and left right after: look at the flag again before blaming it.
     if ((state == 0 && !ended) || reached(step, sequence, source)) continue;
     std::string why;
@@ -190,13 +146,9 @@ void Peers::check_alive(Step step, std::uint64_t sequence, const std::vector<int
 void Peers::fail(int source, Step step, std::uint64_t sequence, const char* operation, bool lost,
                  const std::string& why) const {
   const std::uint64_t seen = __atomic_load_n(flag(rank_, step, source), __ATOMIC_ACQUIRE);
-  std::string message = "rank " + std::to_string(rank_) + " waited ";
-  if (!lost) message += seconds(timeout_s_) + " ";
-  message += "for rank " + std::to_string(source) + " (pid " +
-             std::to_string(processes_[static_cast<std::size_t>(source)].pid) + ") in " + step_name(step) + " of " +
-             operation + " " + std::to_string(sequence) + ", but " + why + "; expected operation " +
-             std::to_string(sequence) + ", seen " + std::to_string(seen);
-  throw Error(lost ? ErrorKind::kLost : ErrorKind::kTimeout, message);
+  const std::int64_t pid = processes_[static_cast<std::size_t>(source)].pid;
+  const FailedWait wait{rank_, source, pid, step, operation, sequence, seen, !lost, timeout_s_};
+  throw Error(lost ? ErrorKind::kLost : ErrorKind::kTimeout, describe(wait, why));
 }
 
 void Peers::depart(std::uint32_t state, const std::string& text) {

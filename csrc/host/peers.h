@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/heap_layout.h"
+#include "common/process.h"
 
 namespace moe_ep {
 
@@ -22,7 +23,6 @@ class Peers {
   // `on_idle` is called about every tenth of a second of waiting; it may throw to break the wait.
   Peers(int rank, HeapLayout layout, std::vector<std::uint8_t*> bases, std::vector<PeerProcess> processes,
         double timeout_s, std::function<void()> on_idle);
-  ~Peers();
   Peers(const Peers&) = delete;
   Peers& operator=(const Peers&) = delete;
 
@@ -52,7 +52,6 @@ class Peers {
   std::uint64_t* flag(int reader, Step step, int source) const;
   bool reached(Step step, std::uint64_t sequence, int source) const;
   void check_alive(Step step, std::uint64_t sequence, const std::vector<int>& sources, const char* operation);
-  bool process_ended(int rank) const;
   void ring(int reader);
   [[noreturn]] void fail(int source, Step step, std::uint64_t sequence, const char* operation, bool lost,
                          const std::string& why) const;
@@ -61,7 +60,7 @@ class Peers {
   HeapLayout layout_;
   std::vector<std::uint8_t*> bases_;
   std::vector<PeerProcess> processes_;
-  std::vector<int> descriptors_;  // pidfds: readable once the process has ended, zombie or not
+  std::vector<ProcessWatch> watches_;
   std::vector<int> all_;
   double timeout_s_;
   std::function<void()> on_idle_;

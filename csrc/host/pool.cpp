@@ -3,11 +3,10 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <iterator>
 #include <string>
 #include <utility>
 
-#include "host/errors.h"
+#include "common/errors.h"
 
 namespace moe_ep {
 namespace {
@@ -29,7 +28,7 @@ Pool::Pool(Segment segment, const HeapLayout& layout)
                                              "; enlarge that tmpfs, set shm_dir, or use backend='collective'");
   }
   reinterpret_cast<HeapHeader*>(segment_.base())->magic = kHeapMagic;
-  free_[layout_.pool()] = layout_.pool_bytes;
+  free_.give(layout_.pool(), layout_.pool_bytes);
 }
 
 int Pool::commit(std::size_t& committed, std::size_t end, std::size_t limit) {
@@ -50,37 +49,23 @@ std::shared_ptr<Pool::Lease> Pool::allocate(std::size_t bytes) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     last_errno_ = 0;
-    auto block = free_.begin();
-    while (block != free_.end() && block->second < bytes) ++block;
-    if (block == free_.end()) return nullptr;
-    offset = block->first;
+    const auto range = free_.take(bytes);
+    if (!range) return nullptr;
+    offset = range->offset;
     last_errno_ = commit(pool_committed_, offset + bytes, layout_.pool() + layout_.pool_bytes);
-    if (last_errno_ != 0) return nullptr;
-    const std::size_t left = block->second - bytes;
-    free_.erase(block);
-    if (left > 0) free_[offset + bytes] = left;
+    if (last_errno_ != 0) {
+      free_.give(offset, bytes);
+      return nullptr;
+    }
     leased_ += bytes;
   }
   return std::make_shared<Lease>(shared_from_this(), offset, bytes);
 }
 
 void Pool::release(std::size_t offset, std::size_t bytes) {
-  if (bytes == 0) return;
   std::lock_guard<std::mutex> lock(mutex_);
   leased_ -= bytes;
-  auto next = free_.lower_bound(offset);
-  if (next != free_.end() && offset + bytes == next->first) {
-    bytes += next->second;
-    next = free_.erase(next);
-  }
-  if (next != free_.begin()) {
-    auto previous = std::prev(next);
-    if (previous->first + previous->second == offset) {
-      previous->second += bytes;
-      return;
-    }
-  }
-  free_[offset] = bytes;
+  free_.give(offset, bytes);
 }
 
 bool Pool::contains(const void* address) const {

@@ -1,11 +1,11 @@
-// Leases of heap memory: first fit from the low end, so that the same few pages are used again and again.
+// Leases of heap memory.
 #pragma once
 
 #include <cstddef>
-#include <map>
 #include <memory>
 #include <mutex>
 
+#include "common/free_list.h"
 #include "common/heap_layout.h"
 #include "host/segment.h"
 
@@ -55,7 +55,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
   Segment segment_;
   HeapLayout layout_;
   mutable std::mutex mutex_;
-  std::map<std::size_t, std::size_t> free_;  // offset to bytes, neighbours merged
+  FreeList free_;
   std::size_t leased_ = 0;
   std::size_t pool_committed_;      // end offset of the pool's memory taken so far
   std::size_t overflow_committed_;  // the same for the overflow region

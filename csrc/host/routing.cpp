@@ -4,7 +4,8 @@
 #include <string>
 #include <utility>
 
-#include "host/errors.h"
+#include "common/errors.h"
+#include "common/peer_text.h"
 #include "host/index.h"
 
 namespace moe_ep {
@@ -126,10 +127,7 @@ LocalRoutes read_routes(const Placement& placement, int num_ranks, const std::in
     for (std::int64_t position = 0; position < topk; ++position) {
       const std::int64_t expert = topk_idx[token * topk + position];
       if (expert < -1 || expert >= num_experts) {
-        throw Error(ErrorKind::kConfig, "topk_idx[" + std::to_string(token) + ", " + std::to_string(position) +
-                                            "] is " + std::to_string(expert) + ", but expert ids run from 0 to " +
-                                            std::to_string(num_experts - 1) +
-                                            " (-1: none); fix the router or num_experts");
+        throw Error(ErrorKind::kConfig, describe_bad_route(token, position, expert, num_experts));
       }
       routes.expert_ids.push_back(static_cast<std::int32_t>(expert));
       if (expert == -1) continue;

@@ -10,7 +10,7 @@
 #include <cstring>
 #include <utility>
 
-#include "host/errors.h"
+#include "common/errors.h"
 
 namespace moe_ep {
 namespace {

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..config import EpConfig
     from ..handle import DispatchHandle
     from ..routing import ExpertPlacement
-    from ..types import CombineOutput, DispatchOutput, Layout, Wire
+    from ..types import CombineOutput, DispatchOutput, Event, Layout, Wire
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,8 @@ class DispatchRequest:
         handle: Routing to reuse, or None.
         max_recv_tokens: Fixed row count, or None for exact sizes.
         wire: How rows cross: unquantised or FP8.
+        num_sms: SMs for this call, or None for the buffer's own number.
+        async_op, previous_event: As the caller gave them; see ``Backend.orders_streams``.
     """
 
     x: torch.Tensor
@@ -43,6 +45,9 @@ class DispatchRequest:
     handle: DispatchHandle | None
     max_recv_tokens: int | None
     wire: Wire
+    num_sms: int | None = None
+    async_op: bool = False
+    previous_event: Event | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +60,16 @@ class CombineRequest:
         row_weights: fp32 [handle.num_rows] factors (layout ``"expert"`` only), or None for a plain sum.
         row_values: fp32 values that travel back to the tokens: [num_rows] in layout ``"expert"``,
             [num_rows, num_topk] in layout ``"rank"``. None if none do.
+        num_sms, async_op, previous_event: As in :class:`DispatchRequest`.
     """
 
     rows: torch.Tensor
     handle: DispatchHandle
     row_weights: torch.Tensor | None
     row_values: torch.Tensor | None
+    num_sms: int | None = None
+    async_op: bool = False
+    previous_event: Event | None = None
 
 
 @dataclass
@@ -107,9 +116,16 @@ class BackendContext:
 
 
 class Backend(ABC):
-    """Moves rows for one buffer."""
+    """Moves rows for one buffer.
+
+    Attributes:
+        name: What ``EpConfig(backend=...)`` calls it.
+        orders_streams: Whether the backend itself waits for ``previous_event`` and honours ``async_op``. Otherwise
+            the buffer makes the caller wait for the event first, and the call completes before it returns.
+    """
 
     name: str
+    orders_streams = False
 
     @abstractmethod
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
@@ -126,6 +142,10 @@ class Backend(ABC):
     @abstractmethod
     def empty_rows(self, handle: DispatchHandle, dtype: torch.dtype) -> torch.Tensor:
         """Uninitialised [handle.num_rows, hidden] that a combine can read without a copy, if any can."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Wait for the operations under way and raise what they ran into."""
 
     @abstractmethod
     def abandon(self, reason: str) -> None:

@@ -57,6 +57,9 @@ class CollectiveBackend(Backend):
         self._rank_of = torch.tensor(context.placement.expert_to_rank)
         self._local_of = torch.tensor(context.placement.local_index)
 
+    def check(self) -> None:
+        """Nothing is under way between calls."""
+
     def abandon(self, reason: str) -> None:
         """Nothing can be told: the process group may be what failed."""
 

@@ -21,12 +21,13 @@ from .select import agree
 
 logger = logging.getLogger("moe_ep_plugin")
 
-_ELEMENT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, FP8_DTYPE: 3}
-_LAYOUT = {"expert": 0, "rank": 1}
+ELEMENT_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, FP8_DTYPE: 3}
+LAYOUT_CODES = {"expert": 0, "rank": 1}
 _CLOSED, _FAILED = 1, 2
 
 
-def _address(tensor: torch.Tensor | None) -> int | None:
+def address_of(tensor: torch.Tensor | None) -> int | None:
+    """Address of the first element, for the compiled parts."""
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -47,7 +48,7 @@ def _threads(context: BackendContext) -> int:
     return context.config.host_threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
 
 
-def _machine_id() -> str:
+def machine_id() -> str:
     """Equal for processes that can map each other's memory: one boot of one kernel."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -90,7 +91,7 @@ class HostBackend(Backend):
                 overflow_bytes=plan.overflow,
             )
             _check_room(config.shm_dir, wanted=2 * plan.largest_block)
-            mine |= {"machine": _machine_id(), "address": heap.address()}
+            mine |= {"machine": machine_id(), "address": heap.address()}
         except Exception as error:  # Whatever it is, the other ranks must hear of it.
             mine["reason"] = str(error)
         everyone = exchange(context.group, context.num_ranks, mine, config.timeout_s, "the start of backend 'host'")
@@ -125,14 +126,14 @@ class HostBackend(Backend):
         num_topk = handle.num_topk if handle is not None else request.topk_idx.shape[1]  # type: ignore[union-attr]
         result = self._connected().dispatch(
             x=x.data_ptr(),
-            element=_ELEMENT[x.dtype],
-            scales=_address(request.scale),
+            element=ELEMENT_CODES[x.dtype],
+            scales=address_of(request.scale),
             num_tokens=x.shape[0],
             hidden=config.hidden,
-            topk_idx=_address(request.topk_idx) or 0,
+            topk_idx=address_of(request.topk_idx) or 0,
             topk=num_topk,
-            weights=_address(request.topk_weights),
-            layout=_LAYOUT[request.layout],
+            weights=address_of(request.topk_weights),
+            layout=LAYOUT_CODES[request.layout],
             max_recv_rows=-1 if request.max_recv_tokens is None else request.max_recv_tokens,
             quantize=quantize,
             power_of_two=config.power_of_two_scales,
@@ -169,13 +170,13 @@ class HostBackend(Backend):
         values = None if request.row_values is None else torch.empty(handle.num_tokens, handle.num_topk)
         result = self._connected().combine(
             rows=rows.data_ptr(),
-            element=_ELEMENT[rows.dtype],
+            element=ELEMENT_CODES[rows.dtype],
             hidden=self._c.config.hidden,
             routing=handle.state,
-            weights=_address(request.row_weights),
-            values=_address(request.row_values),
+            weights=address_of(request.row_weights),
+            values=address_of(request.row_values),
             out=out.data_ptr(),
-            values_out=_address(values) or 0,
+            values_out=address_of(values) or 0,
         )
         self._c.stats.bytes_to_peers += result.bytes_to_peers
         self._c.stats.staged += result.staged
@@ -184,6 +185,9 @@ class HostBackend(Backend):
     def empty_rows(self, handle: DispatchHandle, dtype: torch.dtype) -> torch.Tensor:
         """A lease of the heap, or ordinary memory where the pool is used up."""
         return self._leased((handle.num_rows, self._c.config.hidden), dtype)
+
+    def check(self) -> None:
+        """Nothing is under way between calls."""
 
     def abandon(self, reason: str) -> None:
         """See :class:`Backend`."""

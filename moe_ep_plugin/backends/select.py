@@ -25,7 +25,9 @@ def _make_host(context: BackendContext) -> Backend:
 
 
 def _make_cuda(context: BackendContext) -> Backend:
-    raise BackendUnavailable("backend 'cuda' is not part of this build; CUDA tensors use backend 'collective'")
+    from .cuda import CudaBackend
+
+    return CudaBackend.connect(context)
 
 
 _MAKERS: dict[str, Callable[[BackendContext], Backend]] = {

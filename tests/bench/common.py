@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +48,35 @@ def machine() -> dict[str, object]:
     if info.exists():
         model = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x), model)
     return {"cpu": model, "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()}
+
+
+def driver_version() -> str | None:
+    """Version of the NVIDIA kernel driver, or None where there is none to ask."""
+    told = Path("/proc/driver/nvidia/version")
+    if told.exists():
+        numbers = re.findall(r"\b\d{3,}\.\d+(?:\.\d+)?\b", told.read_text())
+        if numbers:
+            return numbers[0]
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
+
+
+def gpu_facts(device: torch.device) -> dict[str, object]:
+    """Facts a reader needs to judge a figure of a GPU; empty for a CPU."""
+    if device.type != "cuda":
+        return {}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "sms": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": getattr(properties, "L2_cache_size", None),
+        "driver": driver_version(),
+        "cuda": torch.version.cuda,
+    }
 
 
 def write_json(path: str | None, results: object) -> None:

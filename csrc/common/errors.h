@@ -6,7 +6,7 @@
 
 namespace moe_ep {
 
-enum class ErrorKind { kConfig, kState, kUnavailable, kCapacity, kTimeout, kLost, kMismatch };
+enum class ErrorKind { kConfig, kState, kUnavailable, kCapacity, kTimeout, kLost, kMismatch, kDevice };
 
 class Error : public std::runtime_error {
  public:

@@ -1,0 +1,298 @@
+// Python's view of the CUDA backend. Tensors and streams cross as addresses; only this file knows Python.
+#include <cuda_runtime_api.h>
+#include <pybind11/functional.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "bindings_errors.h"
+#include "cuda/check.h"
+#include "cuda/communicator.h"
+
+namespace py = pybind11;
+
+namespace moe_ep {
+namespace gpu {
+namespace {
+
+template <class T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+cudaStream_t stream_of(std::uintptr_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
+
+// DLPack's exchange structs (version 0), by which torch takes memory that something else owns.
+struct DlTensor {
+  void* data;
+  std::int32_t device_type;
+  std::int32_t device_id;
+  std::int32_t num_dimensions;
+  std::uint8_t type_code;
+  std::uint8_t type_bits;
+  std::uint16_t type_lanes;
+  std::int64_t* shape;
+  std::int64_t* strides;
+  std::uint64_t byte_offset;
+};
+
+struct DlManagedTensor {
+  DlTensor tensor;
+  void* context;
+  void (*deleter)(DlManagedTensor*);
+};
+
+constexpr std::int32_t kDlCuda = 2;
+constexpr std::uint8_t kDlUnsigned = 1;
+constexpr const char* kUnused = "dltensor";
+
+// A lease as uint8 [bytes], kept for as long as the tensor lives. Its end needs no Python.
+struct LeasedTensor {
+  DlManagedTensor managed;
+  std::int64_t shape;
+  std::shared_ptr<Pool::Lease> lease;
+};
+
+py::capsule dlpack_of(const std::shared_ptr<Pool::Lease>& lease) {
+  auto* leased = new LeasedTensor{};
+  leased->shape = static_cast<std::int64_t>(lease->bytes());
+  leased->lease = lease;
+  DlTensor& tensor = leased->managed.tensor;
+  tensor.data = lease->data();
+  tensor.device_type = kDlCuda;
+  tensor.device_id = lease->device();
+  tensor.num_dimensions = 1;
+  tensor.type_code = kDlUnsigned;
+  tensor.type_bits = 8;
+  tensor.type_lanes = 1;
+  tensor.shape = &leased->shape;
+  leased->managed.context = leased;
+  leased->managed.deleter = [](DlManagedTensor* self) { delete static_cast<LeasedTensor*>(self->context); };
+  return py::capsule(&leased->managed, kUnused, [](PyObject* capsule) {
+    // A capsule that was consumed has another name, and its tensor the ownership.
+    if (PyCapsule_IsValid(capsule, kUnused) == 0) return;
+    auto* managed = static_cast<DlManagedTensor*>(PyCapsule_GetPointer(capsule, kUnused));
+    managed->deleter(managed);
+  });
+}
+
+std::shared_ptr<Pool> make_heap(int device, std::size_t num_ranks, std::size_t num_experts, std::size_t pool_bytes,
+                                std::size_t overflow_bytes) {
+  return std::make_shared<Pool>(device, HeapLayout{num_ranks, num_experts, align_up(pool_bytes, kRegionAlignment),
+                                                   align_up(overflow_bytes, kRegionAlignment)});
+}
+
+py::bytes ipc_handle(const Pool& heap) {
+  const IpcHandle handle = heap.ipc_handle();
+  return py::bytes(handle.data(), handle.size());
+}
+
+std::unique_ptr<Communicator> connect(std::shared_ptr<Pool> heap, int rank,
+                                      const std::vector<std::pair<std::int64_t, py::bytes>>& peers,
+                                      std::vector<std::int32_t> expert_to_rank, std::int64_t alignment, bool two_stage,
+                                      std::int64_t max_tokens, double timeout_s, int default_sms) {
+  std::vector<PeerAddress> addresses;
+  for (const auto& [pid, handle] : peers) {
+    PeerAddress address{pid, {}};
+    const std::string bytes = handle;
+    if (static_cast<int>(addresses.size()) != rank) {
+      if (bytes.size() != address.heap.size()) {
+        throw Error(ErrorKind::kUnavailable, "an IPC handle has another size; install one version everywhere");
+      }
+      std::memcpy(address.heap.data(), bytes.data(), bytes.size());
+    }
+    addresses.push_back(address);
+  }
+  CommunicatorOptions options{std::move(expert_to_rank), alignment, two_stage, max_tokens, timeout_s, default_sms};
+  return std::make_unique<Communicator>(std::move(heap), rank, addresses, std::move(options), check_python_signals);
+}
+
+DispatchResult dispatch(Communicator& self, std::uintptr_t x, int element, std::optional<std::uintptr_t> scales,
+                        std::int64_t num_tokens, std::int32_t hidden, std::uintptr_t topk_idx, std::int64_t topk,
+                        std::optional<std::uintptr_t> weights, int layout, std::int64_t max_recv_rows, bool quantize,
+                        bool power_of_two, std::shared_ptr<Routing> routing, std::uintptr_t routing_memory,
+                        std::uintptr_t tokens_per_expert, int num_sms, std::uintptr_t stream, std::uintptr_t home) {
+  DispatchArguments arguments{};
+  arguments.source = RowSource{pointer<const std::uint8_t>(x),
+                               pointer<const float>(scales.value_or(0)),
+                               pointer<const float>(weights.value_or(0)),
+                               hidden,
+                               static_cast<Element>(element),
+                               quantize,
+                               power_of_two};
+  arguments.num_tokens = num_tokens;
+  arguments.has_scales = scales.has_value();
+  arguments.has_weights = weights.has_value();
+  arguments.topk_idx = pointer<const std::int64_t>(topk_idx);
+  arguments.topk = topk;
+  arguments.layout = static_cast<RowLayout>(layout);
+  arguments.max_recv_rows = max_recv_rows;
+  arguments.routing = std::move(routing);
+  arguments.routing_memory = pointer<void>(routing_memory);
+  arguments.tokens_per_expert = pointer<std::int64_t>(tokens_per_expert);
+  arguments.num_sms = num_sms;
+  arguments.streams = Streams{stream_of(stream), stream_of(home)};
+  const py::gil_scoped_release release;
+  return self.dispatch(arguments);
+}
+
+void expand(Communicator& self, const DispatchResult& staged, int element, std::int32_t hidden, bool fresh,
+            std::uintptr_t ids, std::uintptr_t block, int num_sms, std::uintptr_t stream) {
+  ExpandArguments arguments{};
+  arguments.staged = &staged;
+  arguments.element = static_cast<Element>(element);
+  arguments.hidden = hidden;
+  arguments.fresh = fresh;
+  arguments.ids = pointer<std::int32_t>(ids);
+  arguments.block = pointer<std::uint8_t>(block);
+  arguments.num_sms = num_sms;
+  arguments.streams = Streams{stream_of(stream), stream_of(stream)};
+  const py::gil_scoped_release release;
+  self.expand(arguments);
+}
+
+CombineResult combine(Communicator& self, std::uintptr_t rows, int element, std::int32_t hidden,
+                      std::shared_ptr<Routing> routing, std::optional<std::uintptr_t> weights,
+                      std::optional<std::uintptr_t> values, std::uintptr_t out, std::uintptr_t values_out, int num_sms,
+                      std::uintptr_t stream, std::uintptr_t home) {
+  CombineArguments arguments{};
+  arguments.rows = pointer<const std::uint8_t>(rows);
+  arguments.element = static_cast<Element>(element);
+  arguments.hidden = hidden;
+  arguments.routing = std::move(routing);
+  arguments.has_weights = weights.has_value();
+  arguments.has_values = values.has_value();
+  arguments.weights = pointer<const float>(weights.value_or(0));
+  arguments.values = pointer<const float>(values.value_or(0));
+  arguments.out = pointer<std::uint8_t>(out);
+  arguments.values_out = pointer<float>(values_out);
+  arguments.num_sms = num_sms;
+  arguments.streams = Streams{stream_of(stream), stream_of(home)};
+  const py::gil_scoped_release release;
+  return self.combine(arguments);
+}
+
+using Offsets = std::tuple<std::size_t, std::size_t, std::size_t, std::size_t, std::size_t>;
+
+Offsets offsets_of(const ReceiveBlock& block) {
+  return {block.rows, block.scales, block.weights, block.indices, block.total};
+}
+
+// What tells a device from others, as text that all processes of a machine find alike.
+std::string device_uuid(int device) {
+  cudaDeviceProp properties{};
+  MOE_EP_CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
+  static const char* digits = "0123456789abcdef";
+  std::string text;
+  for (const char byte : properties.uuid.bytes) {
+    text += digits[static_cast<unsigned char>(byte) >> 4];
+    text += digits[static_cast<unsigned char>(byte) & 15];
+  }
+  return text;
+}
+
+int num_sms_of(int device) {
+  int sms = 0;
+  MOE_EP_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
+  return sms;
+}
+
+}  // namespace
+}  // namespace gpu
+
+PYBIND11_MODULE(_cuda, module) {
+  using namespace gpu;
+  module.doc() = "Dispatch and combine between GPUs that can map each other's memory, or on one GPU.";
+  py::register_exception_translator(translate_error);
+
+  py::class_<Pool::Lease, std::shared_ptr<Pool::Lease>>(module, "Block")
+      .def("dlpack", &dlpack_of)
+      .def_property_readonly("data", [](const Pool::Lease& lease) {
+        return reinterpret_cast<std::uintptr_t>(lease.data());
+      });
+  py::class_<Pool, std::shared_ptr<Pool>>(module, "Heap")
+      .def(py::init(&make_heap), py::kw_only(), py::arg("device"), py::arg("num_ranks"), py::arg("num_experts"),
+           py::arg("pool_bytes"), py::arg("overflow_bytes"))
+      .def("ipc_handle", &ipc_handle)
+      .def("leased_bytes", &Pool::leased_bytes);
+  py::class_<Routing, std::shared_ptr<Routing>>(module, "Routing")
+      .def_readonly("num_rows", &Routing::num_rows)
+      .def_readonly("num_received", &Routing::num_received)
+      .def_readonly("block_rows", &Routing::block_rows)
+      .def_readonly("sent_rows", &Routing::sent_rows)
+      .def_readonly("tokens_per_local_expert", &Routing::tokens_per_local_expert)
+      .def("set_fan", [](Routing& self, std::uintptr_t address) { self.fan = pointer<Entry>(address); });
+  py::class_<DispatchResult>(module, "DispatchResult")
+      .def_readonly("block", &DispatchResult::lease)
+      .def_property_readonly("data",
+                             [](const DispatchResult& self) { return reinterpret_cast<std::uintptr_t>(self.data); })
+      .def_property_readonly("offsets", [](const DispatchResult& self) { return offsets_of(self.offsets); })
+      .def_readonly("routing", &DispatchResult::routing)
+      .def_readonly("must_copy", &DispatchResult::must_copy)
+      .def_property_readonly("bytes_per_row", [](const DispatchResult& self) {
+        return std::size_t{self.sizes.row} + self.sizes.scale + self.sizes.weight + self.sizes.index;
+      });
+  py::class_<CombineResult>(module, "CombineResult")
+      .def_readonly("staged", &CombineResult::staged)
+      .def_readonly("bytes_to_peers", &CombineResult::bytes_to_peers);
+  py::class_<Communicator>(module, "Communicator")
+      .def(py::init(&connect), py::arg("heap"), py::kw_only(), py::arg("rank"), py::arg("peers"),
+           py::arg("expert_to_rank"), py::arg("alignment"), py::arg("two_stage"), py::arg("max_tokens"),
+           py::arg("timeout_s"), py::arg("default_sms"))
+      .def("dispatch", &gpu::dispatch, py::kw_only(), py::arg("x"), py::arg("element"), py::arg("scales"),
+           py::arg("num_tokens"), py::arg("hidden"), py::arg("topk_idx"), py::arg("topk"), py::arg("weights"),
+           py::arg("layout"), py::arg("max_recv_rows"), py::arg("quantize"), py::arg("power_of_two"),
+           py::arg("routing"), py::arg("routing_memory"), py::arg("tokens_per_expert"), py::arg("num_sms"),
+           py::arg("stream"), py::arg("home"))
+      .def("expand", &gpu::expand, py::kw_only(), py::arg("staged"), py::arg("element"), py::arg("hidden"),
+           py::arg("fresh"), py::arg("ids"), py::arg("block"), py::arg("num_sms"), py::arg("stream"))
+      .def("expanded_offsets",
+           [](const Communicator& self, const DispatchResult& staged) { return offsets_of(self.expanded(staged)); })
+      .def("combine", &gpu::combine, py::kw_only(), py::arg("rows"), py::arg("element"), py::arg("hidden"),
+           py::arg("routing"), py::arg("weights"), py::arg("values"), py::arg("out"), py::arg("values_out"),
+           py::arg("num_sms"), py::arg("stream"), py::arg("home"))
+      .def("lease",
+           [](Communicator& self, std::size_t bytes, std::uintptr_t stream, std::uintptr_t home) {
+             return self.lease(bytes, Streams{stream_of(stream), stream_of(home)});
+           },
+           py::arg("bytes"), py::kw_only(), py::arg("stream"), py::arg("home"))
+      .def("copy",
+           [](Communicator& self, std::uintptr_t to, std::uintptr_t from, std::size_t bytes, std::uintptr_t stream) {
+             self.copy(pointer<void>(to), pointer<const void>(from), bytes, stream_of(stream));
+           })
+      .def("check", &Communicator::check, py::call_guard<py::gil_scoped_release>())
+      .def("depart", &Communicator::depart, py::call_guard<py::gil_scoped_release>())
+      .def("routing_bytes",
+           [](const Communicator& self, std::int64_t num_tokens, std::int64_t topk) {
+             return RoutingView::bytes(self.routing_shape(num_tokens, topk));
+           })
+      .def("tune",
+           [](Communicator& self, int send_warps, int send_stages, int chunk_bytes, int reduce_warps,
+              int reduce_stages) {
+             Pipeline send{};
+             send.warps = send_warps;
+             send.stages = send_stages;
+             send.chunk_bytes = chunk_bytes;
+             Pipeline reduce{};
+             reduce.warps = reduce_warps;
+             reduce.stages = reduce_stages;
+             self.tune(send, reduce);
+           },
+           py::kw_only(), py::arg("send_warps") = 0, py::arg("send_stages") = 0, py::arg("chunk_bytes") = 0,
+           py::arg("reduce_warps") = 0, py::arg("reduce_stages") = 0);
+  module.attr("routing_header_bytes") = sizeof(RoutingHeader);
+  module.attr("fan_bytes") = sizeof(Entry);
+  module.def("device_uuid", &device_uuid, py::arg("device"));
+  module.def("num_sms_of", &num_sms_of, py::arg("device"));
+}
+
+}  // namespace moe_ep

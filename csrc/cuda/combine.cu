@@ -1,0 +1,200 @@
+// Combine: tell peers where this rank's rows are, read every token's rows where they lie, sum them, and hear that
+// all peers have read theirs. Beside it the local reduction that comes first in two stages.
+#include "cuda/exchange.cuh"
+#include "cuda/launch.h"
+#include "cuda/reduce.cuh"
+
+namespace moe_ep {
+namespace gpu {
+namespace {
+
+constexpr Operation kOperation = Operation::kCombine;
+
+struct CombineShared {
+  const std::uint8_t** rows;  // [num_ranks]
+  const float** weights;      // [num_ranks]
+  const float** values;       // [num_ranks]
+  std::uint64_t* barriers;
+  std::uint8_t* stages;
+
+  __host__ __device__ static std::size_t fixed_bytes(int num_ranks, const Pipeline& pipeline) {
+    return align_up((3 * static_cast<std::size_t>(num_ranks) + pipeline.warps * pipeline.stages) * sizeof(void*), 128);
+  }
+  __device__ CombineShared(std::uint8_t* base, int num_ranks, const Pipeline& pipeline) {
+    rows = reinterpret_cast<const std::uint8_t**>(base);
+    weights = reinterpret_cast<const float**>(rows + num_ranks);
+    values = weights + num_ranks;
+    barriers = reinterpret_cast<std::uint64_t*>(values + num_ranks);
+    stages = base + fixed_bytes(num_ranks, pipeline);
+  }
+};
+
+__device__ void post_rows(const CombineParams& params, std::uint64_t sequence) {
+  __shared__ OperationPost post;
+  if (threadIdx.x == 0) {
+    post = OperationPost{};
+    post.operation = static_cast<std::int64_t>(kOperation);
+    post.layout = static_cast<std::int64_t>(params.layout);
+    post.element = static_cast<std::int64_t>(params.element);
+    post.row_bytes = static_cast<std::int64_t>(params.hidden * element_bytes(params.element));
+    post.topk = params.topk;
+    post.has_weights = params.has_weights;
+    post.has_values = params.has_values;
+    post.routing_id = static_cast<std::int64_t>(params.routing.header->id);
+    post.block_offset = params.rows_offset;
+    post.block_bytes = params.block_bytes;
+    post.side_offset = params.weights_offset;
+    post.values_offset = params.values_offset;
+  }
+  __syncthreads();
+  publish_post(params.group, sequence, post, nullptr, 0);
+}
+
+// Values of this rank's tokens, from beside the rows.
+__device__ void gather_values(const CombineParams& params, const float* const* values) {
+  const std::int64_t all = params.num_tokens * params.topk;
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < all; i += step) {
+    const std::int64_t token = i / params.topk;
+    const int position = static_cast<int>(i % params.topk);
+    const std::int32_t expert = params.routing.ids[i];
+    const int expert_rank = expert >= 0 ? params.group.rank_of_expert[expert] : -1;
+    float value = 0.0f;
+    for (int j = 0; j < params.topk && expert_rank >= 0; ++j) {
+      const Entry entry = params.routing.entries[token * params.topk + j];
+      if (entry.rank < 0) break;
+      if (params.deduplicated ? entry.rank != expert_rank : entry.position != position) continue;
+      const std::size_t slot = static_cast<std::size_t>(entry.slot);
+      value = load_cached_in_l2(values[entry.rank] + (params.deduplicated ? slot * params.topk + position : slot));
+      break;
+    }
+    params.values_out[i] = value;
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_constant__ CombineParams params) {
+  extern __shared__ __align__(128) std::uint8_t memory[];
+  __shared__ Verdict verdict;
+  const Group& group = params.group;
+  if (load_relaxed_device(&group.state->failed) != 0) return;
+  const std::uint64_t sequence = group.state->sequence + 1;
+  const CombineShared shared(memory, group.num_ranks, params.pipeline);
+  if (blockIdx.x == 0) post_rows(params, sequence);
+  if (!wait_for_all(group, Step::kPost, sequence, kOperation)) return;
+  judge_posts(group, sequence, verdict);
+  if (threadIdx.x == 0 && verdict.outcome == Outcome::kOk) {
+    for (int rank = 0; rank < group.num_ranks && verdict.outcome == Outcome::kOk; ++rank) {
+      const std::int64_t bytes = post_field(group, sequence, rank, &OperationPost::block_bytes);
+      if (bytes < 0) verdict = Verdict{Outcome::kNoRoom, {rank, 0, bytes, 0}};
+    }
+  }
+  __syncthreads();
+  if (blockIdx.x == 0 && threadIdx.x == 0 && verdict.outcome != Outcome::kOk) {
+    report_verdict(group, verdict, kOperation, sequence, 0);
+  }
+  if (is_fatal(verdict.outcome)) return;
+  const bool goes_on = verdict.outcome == Outcome::kOk;
+  if (goes_on) {
+    for (int rank = threadIdx.x; rank < group.num_ranks; rank += blockDim.x) {
+      const std::uint8_t* heap = group.bases[rank];
+      shared.rows[rank] = heap + post_field(group, sequence, rank, &OperationPost::block_offset);
+      shared.weights[rank] =
+          reinterpret_cast<const float*>(heap + post_field(group, sequence, rank, &OperationPost::side_offset));
+      shared.values[rank] =
+          reinterpret_cast<const float*>(heap + post_field(group, sequence, rank, &OperationPost::values_offset));
+    }
+    __syncthreads();
+    if (params.has_values) gather_values(params, shared.values);
+    const ReduceJob job{params.routing.entries,
+                        params.num_tokens,
+                        params.topk,
+                        params.most_entries,
+                        params.hidden,
+                        shared.rows,
+                        params.weights_at_rows ? shared.weights : nullptr,
+                        params.out};
+    reduce_rows<T>(job, params.pipeline, ReduceRing{shared.stages, shared.barriers});
+  }
+  // The caller may write its rows again once every peer has read them.
+  if (is_last_block(&group.state->blocks[1])) {
+    finish_operation(group, Step::kRead, sequence, kOperation, goes_on);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1) reduce_kernel(const __grid_constant__ ReduceParams params) {
+  extern __shared__ __align__(128) std::uint8_t memory[];
+  const CombineShared shared(memory, 1, params.pipeline);
+  if (threadIdx.x == 0) {
+    shared.rows[0] = params.rows;
+    shared.weights[0] = params.weights;
+  }
+  __syncthreads();
+  const std::int64_t received = *params.received_rows;
+  const ReduceJob job{params.fan,    received,    params.topk, params.topk,
+                      params.hidden, shared.rows, params.weights != nullptr ? shared.weights : nullptr, params.out};
+  if (params.values != nullptr) {
+    const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+    for (std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; row < received;
+         row += step) {
+      float* out = params.values_out + row * params.topk;
+      for (int j = 0; j < params.topk; ++j) out[j] = 0.0f;
+      for (int j = 0; j < params.topk; ++j) {
+        const Entry entry = params.fan[row * params.topk + j];
+        if (entry.rank >= 0) out[entry.position] = params.values[entry.slot];
+      }
+    }
+  }
+  reduce_rows<T>(job, params.pipeline, ReduceRing{shared.stages, shared.barriers});
+}
+
+template <class T>
+cudaError_t prepare(std::size_t most_shared_bytes) {
+  const int bytes = static_cast<int>(most_shared_bytes);
+  const cudaError_t error =
+      cudaFuncSetAttribute(combine_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(reduce_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
+}  // namespace
+
+std::size_t combine_shared_bytes(const Pipeline& pipeline, int num_ranks, int most_entries) {
+  const std::size_t ring = pipeline.use_bulk ? static_cast<std::size_t>(pipeline.warps) * pipeline.stages *
+                                                   most_entries * kReduceChunk
+                                             : 0;
+  return CombineShared::fixed_bytes(num_ranks, pipeline) + ring;
+}
+
+cudaError_t prepare_combine(std::size_t most_shared_bytes) {
+  cudaError_t error = prepare<Float32>(most_shared_bytes);
+  if (error == cudaSuccess) error = prepare<BFloat16>(most_shared_bytes);
+  if (error == cudaSuccess) error = prepare<Float16>(most_shared_bytes);
+  return error;
+}
+
+cudaError_t launch_combine(const CombineParams& params, int blocks, cudaStream_t stream) {
+  const std::size_t shared = combine_shared_bytes(params.pipeline, params.group.num_ranks, params.most_entries);
+  switch (params.element) {
+    case Element::kFloat32: combine_kernel<Float32><<<blocks, kThreads, shared, stream>>>(params); break;
+    case Element::kBFloat16: combine_kernel<BFloat16><<<blocks, kThreads, shared, stream>>>(params); break;
+    case Element::kFloat16: combine_kernel<Float16><<<blocks, kThreads, shared, stream>>>(params); break;
+    case Element::kFloat8: return cudaErrorInvalidValue;
+  }
+  return cudaGetLastError();
+}
+
+cudaError_t launch_reduce(const ReduceParams& params, int blocks, cudaStream_t stream) {
+  const std::size_t shared = combine_shared_bytes(params.pipeline, 1, params.topk);
+  switch (params.element) {
+    case Element::kFloat32: reduce_kernel<Float32><<<blocks, kThreads, shared, stream>>>(params); break;
+    case Element::kBFloat16: reduce_kernel<BFloat16><<<blocks, kThreads, shared, stream>>>(params); break;
+    case Element::kFloat16: reduce_kernel<Float16><<<blocks, kThreads, shared, stream>>>(params); break;
+    case Element::kFloat8: return cudaErrorInvalidValue;
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace gpu
+}  // namespace moe_ep

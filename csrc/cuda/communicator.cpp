@@ -1,0 +1,265 @@
+// What dispatch and combine share: the group's memory, room in the heap, shapes of launches.
+#include "cuda/communicator.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "cuda/check.h"
+#include "cuda/launch.h"
+
+namespace moe_ep {
+namespace gpu {
+namespace {
+
+// What kernels declare as static shared memory, rounded up.
+constexpr std::size_t kStaticSharedBytes = 512;
+constexpr int kMostStages = 8;
+
+std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
+
+}  // namespace
+
+Communicator::Communicator(std::shared_ptr<Pool> pool, int rank, const std::vector<PeerAddress>& peers,
+                           CommunicatorOptions options, std::function<void()> on_idle)
+    : pool_(std::move(pool)), rank_(rank), options_(std::move(options)), on_idle_(std::move(on_idle)) {
+  try {
+    connect(peers);
+  } catch (...) {
+    release();
+    throw;
+  }
+}
+
+Communicator::~Communicator() { release(); }
+
+void Communicator::connect(const std::vector<PeerAddress>& peers) {
+  const int device = pool_->device();
+  MOE_EP_CUDA_CHECK(cudaSetDevice(device));
+  int major = 0;
+  int shared = 0;
+  MOE_EP_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  MOE_EP_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  MOE_EP_CUDA_CHECK(cudaDeviceGetAttribute(&num_device_sms_, cudaDevAttrMultiProcessorCount, device));
+  has_bulk_ = major >= 9;
+  most_shared_bytes_ = static_cast<std::size_t>(shared) - kStaticSharedBytes;
+  if (const cudaError_t error = prepare_dispatch(most_shared_bytes_); error != cudaSuccess) {
+    cudaGetLastError();
+    throw Error(ErrorKind::kUnavailable,
+                "this build has no kernels for compute capability " + std::to_string(major) + ".x (" +
+                    cudaGetErrorString(error) + "); install it again on this machine, or set "
+                    "MOE_EP_CUDA_ARCHITECTURES when building");
+  }
+  MOE_EP_CUDA_CHECK(prepare_expand(most_shared_bytes_));
+  MOE_EP_CUDA_CHECK(prepare_combine(most_shared_bytes_));
+
+  for (std::size_t i = 0; i < peers.size(); ++i) {
+    pids_.push_back(peers[i].pid);
+    watches_.emplace_back(static_cast<int>(i) == rank_ ? 0 : peers[i].pid);
+    bases_.push_back(static_cast<int>(i) == rank_ ? pool_->base() : open_heap(static_cast<int>(i), peers[i].heap));
+  }
+  fill_tables();
+  MOE_EP_CUDA_CHECK(cudaStreamCreateWithFlags(&control_, cudaStreamNonBlocking));
+  MOE_EP_CUDA_CHECK(cudaEventCreateWithFlags(&behind_, cudaEventDisableTiming));
+}
+
+std::uint8_t* Communicator::open_heap(int rank, const IpcHandle& heap) {
+  cudaIpcMemHandle_t handle;
+  std::memcpy(&handle, heap.data(), sizeof(handle));
+  void* base = nullptr;
+  const cudaError_t error = cudaIpcOpenMemHandle(&base, handle, cudaIpcMemLazyEnablePeerAccess);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    throw Error(ErrorKind::kUnavailable,
+                "the memory of rank " + std::to_string(rank) + " can't be mapped: " + cudaGetErrorString(error) +
+                    "; the GPUs need peer access (NVLink or PCIe), and every rank must see all of them: don't hide "
+                    "them with CUDA_VISIBLE_DEVICES, call torch.cuda.set_device instead");
+  }
+  std::uint64_t magic = 0;
+  MOE_EP_CUDA_CHECK(cudaMemcpy(&magic, base, sizeof(magic), cudaMemcpyDeviceToHost));
+  if (magic != kHeapMagic) {
+    throw Error(ErrorKind::kUnavailable, "the memory of rank " + std::to_string(rank) +
+                                             " has another format; install one version of the package everywhere");
+  }
+  return static_cast<std::uint8_t*>(base);
+}
+
+void Communicator::fill_tables() {
+  const auto& rank_of = options_.expert_to_rank;
+  const int num_experts = static_cast<int>(rank_of.size());
+  std::vector<std::int32_t> local_of, by_rank, first_of_rank;
+  std::vector<std::int32_t> held(bases_.size(), 0);
+  for (std::int32_t rank : rank_of) local_of.push_back(held[at(rank)]++);
+  for (int rank = 0; rank < num_ranks(); ++rank) {
+    first_of_rank.push_back(static_cast<std::int32_t>(by_rank.size()));
+    for (int expert = 0; expert < num_experts; ++expert) {
+      if (rank_of[at(expert)] == rank) by_rank.push_back(expert);
+    }
+  }
+  first_of_rank.push_back(num_experts);
+  num_local_experts_ = held[at(rank_)];
+  if (count_warps(num_experts + num_ranks()) < 1) {
+    throw Error(ErrorKind::kUnavailable, std::to_string(num_experts) +
+                                             " experts are more than this GPU's shared memory has counters for; use "
+                                             "backend='collective'");
+  }
+
+  const std::size_t blocks = at(num_device_sms_) * (at(num_experts) + bases_.size());
+  const std::size_t words = 3 * at(num_experts) + first_of_rank.size() + blocks;
+  const std::size_t tables = align_up(sizeof(DeviceState), kCacheLine);
+  const std::size_t bases_at = tables;
+  const std::size_t words_at = align_up(bases_at + bases_.size() * sizeof(std::uint8_t*), kCacheLine);
+  MOE_EP_CUDA_CHECK(cudaMalloc(&device_memory_, words_at + words * sizeof(std::int32_t)));
+  auto* memory = static_cast<std::uint8_t*>(device_memory_);
+  MOE_EP_CUDA_CHECK(cudaMemset(memory, 0, words_at));
+  DeviceState state{};
+  state.bad_route = kNoBadRoute;
+  const auto upload = [](void* to, const void* from, std::size_t bytes) {
+    MOE_EP_CUDA_CHECK(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice));
+  };
+  upload(memory, &state, sizeof(state));
+  upload(memory + bases_at, bases_.data(), bases_.size() * sizeof(std::uint8_t*));
+  auto* next = reinterpret_cast<std::int32_t*>(memory + words_at);
+  const auto table = [&](const std::vector<std::int32_t>& values) {
+    std::int32_t* start = next;
+    upload(start, values.data(), values.size() * sizeof(std::int32_t));
+    next += values.size();
+    return start;
+  };
+
+  const std::size_t report_bytes = sizeof(Report) + at(num_local_experts_) * sizeof(std::int64_t);
+  void* report = nullptr;
+  MOE_EP_CUDA_CHECK(cudaHostAlloc(&report, report_bytes, cudaHostAllocMapped));
+  report_ = static_cast<Report*>(report);
+  std::memset(report, 0, report_bytes);
+  void* report_on_device = nullptr;
+  MOE_EP_CUDA_CHECK(cudaHostGetDevicePointer(&report_on_device, report, 0));
+
+  group_.layout = pool_->layout();
+  group_.rank = rank_;
+  group_.num_ranks = num_ranks();
+  group_.num_experts = num_experts;
+  group_.alignment = static_cast<std::int32_t>(options_.alignment);
+  group_.bases = reinterpret_cast<std::uint8_t* const*>(memory + bases_at);
+  group_.rank_of_expert = table(rank_of);
+  group_.local_of_expert = table(local_of);
+  group_.experts_by_rank = table(by_rank);
+  group_.first_of_rank = table(first_of_rank);
+  group_.block_counts = next;
+  group_.state = reinterpret_cast<DeviceState*>(memory);
+  group_.report = static_cast<Report*>(report_on_device);
+  group_.timeout_ns = static_cast<std::uint64_t>(options_.timeout_s * 1e9);
+}
+
+// At the end of a process the driver may be gone already: nothing is checked.
+void Communicator::release() {
+  if (has_run_ && last_stream_ != nullptr) cudaStreamSynchronize(last_stream_);
+  for (std::size_t i = 0; i < bases_.size(); ++i) {
+    if (static_cast<int>(i) != rank_) cudaIpcCloseMemHandle(bases_[i]);
+  }
+  bases_.clear();
+  if (control_ != nullptr) cudaStreamDestroy(control_);
+  if (behind_ != nullptr) cudaEventDestroy(behind_);
+  if (device_memory_ != nullptr) cudaFree(device_memory_);
+  if (report_ != nullptr) cudaFreeHost(report_);
+  cudaGetLastError();
+}
+
+RoutingShape Communicator::routing_shape(std::int64_t num_tokens, std::int64_t topk) const {
+  return RoutingShape{bases_.size(), at(num_local_experts_), at(num_tokens), at(topk)};
+}
+
+int Communicator::count_warps(int bins) const {
+  const std::size_t room = most_shared_bytes_ - at(num_ranks()) * 48 - 4096;
+  const auto counters = static_cast<int>(room / sizeof(std::int32_t) / at(bins));
+  return std::min(kWarps, counters - 2);
+}
+
+// Rows in the fewest chunks for which most warps still have a ring of two stages; more stages where there is room.
+Pipeline Communicator::send_pipeline(const RowSource& source, const RowSizes& sizes, int num_destinations) const {
+  Pipeline pipeline{};
+  pipeline.count_warps = count_warps(group_.num_experts + group_.num_ranks);
+  const auto element = static_cast<std::int64_t>(element_bytes(source.element));
+  const std::int64_t row = source.hidden * element;
+  pipeline.use_bulk = has_bulk_ && row % 16 == 0 && sizes.row % 16 == 0;
+  pipeline.warps = kWarps;
+  pipeline.stages = 2;
+  pipeline.chunk_bytes = static_cast<std::int32_t>(row);
+  if (!pipeline.use_bulk) return pipeline;
+  const std::int64_t unit = source.quantize ? static_cast<std::int64_t>(kFp8Block) * element : 16;
+  const auto room = static_cast<std::int64_t>(most_shared_bytes_ - align_up(at(num_destinations) * 48, 128) - 128);
+  for (std::int64_t chunks = 1;; ++chunks) {
+    const std::int64_t chunk = ((row + chunks - 1) / chunks + unit - 1) / unit * unit;
+    if (source.quantize && chunk / element > kMostScalesAChunk * static_cast<std::int64_t>(kFp8Block)) continue;
+    const std::int64_t side = sizeof(std::uint64_t) * 2 + (source.quantize ? kMostScalesAChunk * sizeof(float) : 0);
+    const auto warps = static_cast<std::int32_t>(std::min<std::int64_t>(kWarps, room / (2 * chunk + side)));
+    if (warps < kWarps * 3 / 4 && chunk > unit) continue;
+    pipeline.warps = warps;
+    pipeline.chunk_bytes = static_cast<std::int32_t>(chunk);
+    if (warps == kWarps && room / (4 * chunk + side + 16) >= kWarps) pipeline.stages = 4;
+    break;
+  }
+  if (tuned_send_.warps > 0) pipeline.warps = tuned_send_.warps;
+  if (tuned_send_.stages > 0) pipeline.stages = tuned_send_.stages;
+  if (tuned_send_.chunk_bytes > 0) pipeline.chunk_bytes = tuned_send_.chunk_bytes;
+  return pipeline;
+}
+
+// Eight warps do best; fewer only where a stage of many rows leaves them less than three stages each.
+Pipeline Communicator::reduce_pipeline(std::int64_t row_bytes, int num_sources, int most_entries) const {
+  Pipeline pipeline{};
+  pipeline.use_bulk = has_bulk_ && row_bytes % 16 == 0;
+  pipeline.chunk_bytes = kReduceChunk;
+  const std::size_t room = most_shared_bytes_ - align_up(at(num_sources) * 24, 128) - 256;
+  const std::size_t stage = at(most_entries) * kReduceChunk + sizeof(std::uint64_t);
+  for (int warps = 8; warps >= 1; --warps) {
+    pipeline.warps = warps;
+    pipeline.stages = static_cast<std::int32_t>(std::min<std::size_t>(kMostStages, room / (stage * at(warps))));
+    if (pipeline.stages >= 3) break;
+  }
+  if (tuned_reduce_.warps > 0) pipeline.warps = tuned_reduce_.warps;
+  if (tuned_reduce_.stages > 0) pipeline.stages = tuned_reduce_.stages;
+  return pipeline;
+}
+
+int Communicator::blocks_for(int num_sms, std::int64_t items, int warps) const {
+  const int most = std::min(num_sms > 0 ? num_sms : options_.default_sms, num_device_sms_);
+  return static_cast<int>(std::clamp<std::int64_t>((items + warps - 1) / warps, 1, most));
+}
+
+// Operations follow each other on the GPU whatever streams they are queued on.
+void Communicator::queue_behind(cudaStream_t stream) {
+  if (has_run_ && stream != last_stream_ && capture_of(stream) == capture_of(last_stream_)) {
+    MOE_EP_CUDA_CHECK(cudaEventRecord(behind_, last_stream_));
+    MOE_EP_CUDA_CHECK(cudaStreamWaitEvent(stream, behind_, 0));
+  }
+  last_stream_ = stream;
+  has_run_ = true;
+}
+
+Communicator::Room Communicator::find_room(std::size_t bytes, const Streams& streams) {
+  Room room;
+  room.lease = pool_->allocate(bytes, streams.run, streams.home);
+  if (room.lease == nullptr) return in_overflow(bytes);
+  room.offset = static_cast<std::int64_t>(room.lease->offset());
+  room.bytes = static_cast<std::int64_t>(room.lease->bytes());
+  return room;
+}
+
+Communicator::Room Communicator::in_overflow(std::size_t bytes) const {
+  Room room;
+  room.offset = static_cast<std::int64_t>(pool_->layout().overflow());
+  if (bytes <= pool_->layout().overflow_bytes) room.bytes = static_cast<std::int64_t>(pool_->layout().overflow_bytes);
+  return room;
+}
+
+std::shared_ptr<Pool::Lease> Communicator::lease(std::size_t bytes, const Streams& streams) {
+  return pool_->allocate(bytes, streams.run, streams.home);
+}
+
+void Communicator::copy(void* to, const void* from, std::size_t bytes, cudaStream_t stream) {
+  MOE_EP_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream));
+}
+
+}  // namespace gpu
+}  // namespace moe_ep

@@ -1,0 +1,207 @@
+// Dispatch and combine of one rank on a GPU: room in the heap, launches, and what kernels report back. One operation
+// is queued at a time; the host waits for counts only where sizes are asked for.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "common/errors.h"
+#include "common/heap_layout.h"
+#include "common/process.h"
+#include "cuda/pool.h"
+#include "cuda/state.h"
+
+namespace moe_ep {
+namespace gpu {
+
+// Where a peer's heap is, and whose it is.
+struct PeerAddress {
+  std::int64_t pid;
+  IpcHandle heap;
+};
+
+// What the host knows of a handle's routing; the tables are in device memory that the caller owns.
+struct Routing {
+  RowLayout layout = RowLayout::kExpert;
+  bool two_stage = false;
+  std::int64_t num_tokens = 0;
+  std::int64_t topk = 0;
+  std::int64_t max_recv_rows = -1;
+  std::int64_t num_rows = 0;
+  std::int64_t num_received = -1;  // -1: only the device knows
+  std::int64_t block_rows = 0;     // room for rows in this rank's receive block: exact, or the most there can be
+  std::int64_t sent_rows = -1;     // rows for other ranks; -1: only the device knows
+  std::vector<std::int64_t> tokens_per_local_expert;  // empty: only the device knows
+  RoutingView view{};
+  Entry* fan = nullptr;  // [block_rows, topk], two stages
+
+  bool deduplicated() const { return layout == RowLayout::kRank || two_stage; }
+};
+
+struct Streams {
+  cudaStream_t run;   // where the operation is queued
+  cudaStream_t home;  // where its results will be used
+};
+
+struct DispatchArguments {
+  RowSource source;
+  std::int64_t num_tokens;
+  // An empty tensor's address may be null, so what is there is said apart from where it is.
+  bool has_scales;  // the rows are quantised already
+  bool has_weights;
+  const std::int64_t* topk_idx;  // unused with `routing`
+  std::int64_t topk;
+  RowLayout layout;
+  std::int64_t max_recv_rows;        // -1: exact sizes, the host waits for counts
+  std::shared_ptr<Routing> routing;  // reuse; null: route `topk_idx`
+  void* routing_memory;              // RoutingView::bytes, 16-byte aligned
+  std::int64_t* tokens_per_expert;   // device, or null
+  int num_sms;                       // 0: the default
+  Streams streams;
+};
+
+// Where received rows are: a lease, or a place from which the caller must copy them before the next operation.
+struct DispatchResult {
+  std::shared_ptr<Pool::Lease> lease;
+  std::uint8_t* data = nullptr;
+  ReceiveBlock offsets{};
+  RowSizes sizes{};
+  std::shared_ptr<Routing> routing;
+  bool must_copy = false;
+};
+
+struct ExpandArguments {
+  const DispatchResult* staged;
+  Element element;  // of the rows as they arrived
+  std::int32_t hidden;
+  bool fresh;       // the fan-out is not known yet
+  std::int32_t* ids;
+  std::uint8_t* block;
+  int num_sms;
+  Streams streams;
+};
+
+struct CombineArguments {
+  const std::uint8_t* rows;
+  Element element;
+  std::int32_t hidden;
+  std::shared_ptr<Routing> routing;
+  bool has_weights;
+  bool has_values;
+  const float* weights;
+  const float* values;
+  std::uint8_t* out;
+  float* values_out;
+  int num_sms;
+  Streams streams;
+};
+
+struct CombineResult {
+  bool staged = false;
+  std::int64_t bytes_to_peers = 0;
+};
+
+struct CommunicatorOptions {
+  std::vector<std::int32_t> expert_to_rank;
+  std::int64_t alignment;
+  bool two_stage;
+  std::int64_t max_tokens;
+  double timeout_s;
+  int default_sms;
+};
+
+class Communicator {
+ public:
+  // `on_idle` is called about ten times a second while the host waits; it may throw to break the wait.
+  Communicator(std::shared_ptr<Pool> pool, int rank, const std::vector<PeerAddress>& peers, CommunicatorOptions options,
+               std::function<void()> on_idle);
+  ~Communicator();
+  Communicator(const Communicator&) = delete;
+  Communicator& operator=(const Communicator&) = delete;
+
+  DispatchResult dispatch(const DispatchArguments& arguments);
+  // Stage two: the rows of `staged` at the places of their experts. `block` has expanded(...).total bytes.
+  void expand(const ExpandArguments& arguments);
+  ReceiveBlock expanded(const DispatchResult& staged) const;
+  RowSizes expanded_sizes(const DispatchResult& staged) const;
+  CombineResult combine(const CombineArguments& arguments);
+  std::shared_ptr<Pool::Lease> lease(std::size_t bytes, const Streams& streams);
+  void copy(void* to, const void* from, std::size_t bytes, cudaStream_t stream);
+
+  // Waits for what is queued and throws what it ran into.
+  void check();
+  // Tells all peers that this rank takes part in nothing more: state 1 closed, 2 failed. Ends waits of this rank.
+  void depart(std::uint32_t state, const std::string& text);
+
+  RoutingShape routing_shape(std::int64_t num_tokens, std::int64_t topk) const;
+  // Most rows that one rank can receive, one a (token, source rank).
+  std::int64_t most_received_rows() const { return options_.max_tokens * num_ranks(); }
+  int num_sms() const { return options_.default_sms; }
+  // For measurements: other pipelines than the ones that were found best. 0 leaves a number as it is chosen.
+  void tune(Pipeline send, Pipeline reduce) {
+    tuned_send_ = send;
+    tuned_reduce_ = reduce;
+  }
+
+ private:
+  void connect(const std::vector<PeerAddress>& peers);
+  std::uint8_t* open_heap(int rank, const IpcHandle& heap);
+  void fill_tables();
+  void release();
+
+  int num_ranks() const { return static_cast<int>(bases_.size()); }
+  int blocks_for(int num_sms, std::int64_t items, int warps) const;
+  Pipeline send_pipeline(const RowSource& source, const RowSizes& sizes, int num_destinations) const;
+  Pipeline reduce_pipeline(std::int64_t row_bytes, int num_sources, int most_entries) const;
+  int count_warps(int bins) const;
+  void queue_behind(cudaStream_t stream);
+
+  struct Room {
+    std::shared_ptr<Pool::Lease> lease;
+    std::int64_t offset = 0;
+    std::int64_t bytes = -1;  // -1: none
+  };
+  Room find_room(std::size_t bytes, const Streams& streams);
+  Room in_overflow(std::size_t bytes) const;
+
+  // Waits until the call with `ticket` has reported; throws what ended it, kNoRoom excepted, which returns false.
+  bool await(std::uint64_t ticket, cudaStream_t stream);
+  void while_waiting(std::uint64_t ticket, cudaStream_t stream, double waited_s);
+  void throw_if_failed(bool fatal_only);
+  [[noreturn]] void throw_outcome(const ReportedOutcome& reported);
+  [[noreturn]] void throw_failed_wait(const ReportedOutcome& reported);
+  std::string departure_text(int rank);
+
+  std::shared_ptr<Pool> pool_;
+  int rank_;
+  CommunicatorOptions options_;
+  std::function<void()> on_idle_;
+  std::vector<std::uint8_t*> bases_;
+  std::vector<std::int64_t> pids_;
+  std::vector<ProcessWatch> watches_;
+  int num_local_experts_ = 0;
+  int num_device_sms_ = 0;
+  std::size_t most_shared_bytes_ = 0;
+  bool has_bulk_ = false;
+  void* device_memory_ = nullptr;  // state, tables and workspace
+  Report* report_ = nullptr;       // as the host maps it
+  Group group_{};
+  cudaStream_t control_ = nullptr;
+  cudaEvent_t behind_ = nullptr;
+  cudaStream_t last_stream_ = nullptr;
+  bool has_run_ = false;
+  std::atomic<bool> departed_{false};
+  std::atomic<bool> awaiting_{false};
+  std::uint64_t ticket_ = 0;
+  Pipeline tuned_send_{};
+  Pipeline tuned_reduce_{};
+};
+
+}  // namespace gpu
+}  // namespace moe_ep

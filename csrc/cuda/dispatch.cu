@@ -1,0 +1,362 @@
+// Dispatch in one launch: count routes, exchange counts and addresses, give every row its slot, write every row
+// there, tell the receivers. Phases are in the .cuh files; this one strings them together.
+#include "cuda/exchange.cuh"
+#include "cuda/launch.h"
+#include "cuda/layout.cuh"
+#include "cuda/send.cuh"
+
+namespace moe_ep {
+namespace gpu {
+namespace {
+
+constexpr Operation kOperation = Operation::kDispatch;
+
+// Dynamic shared memory. Counters are done with when the ring begins to fill, so both lie in `scratch`.
+struct DispatchShared {
+  Destination* destinations;   // [num_ranks]
+  std::int64_t* rows_at_rank;  // [num_ranks] of the block
+  std::int64_t* needed;        // [num_ranks] rows to return
+  std::uint64_t* barriers;
+  float* scales;
+  std::uint8_t* scratch;
+
+  // Counters of the warps that count, then the first slot and the group's total of every bin.
+  __host__ __device__ static std::size_t counter_bytes(int bins, int count_warps) {
+    return static_cast<std::size_t>(bins) * (count_warps + 2) * sizeof(std::int32_t);
+  }
+  __host__ __device__ static std::size_t fixed_bytes(int num_ranks, const Pipeline& pipeline, bool quantize) {
+    return align_up(num_ranks * (sizeof(Destination) + 2 * sizeof(std::int64_t)) + ring_side_bytes(pipeline, quantize),
+                    128);
+  }
+  __device__ DispatchShared(std::uint8_t* base, int num_ranks, const Pipeline& pipeline, bool quantize) {
+    scratch = base + fixed_bytes(num_ranks, pipeline, quantize);
+    destinations = reinterpret_cast<Destination*>(base);
+    rows_at_rank = reinterpret_cast<std::int64_t*>(destinations + num_ranks);
+    needed = rows_at_rank + num_ranks;
+    barriers = reinterpret_cast<std::uint64_t*>(needed + num_ranks);
+    scales = reinterpret_cast<float*>(barriers + pipeline.warps * pipeline.stages);
+  }
+};
+
+__device__ OperationPost make_post(const DispatchParams& params) {
+  OperationPost post{};
+  post.operation = static_cast<std::int64_t>(kOperation);
+  post.layout = static_cast<std::int64_t>(params.layout);
+  post.element = static_cast<std::int64_t>(params.sizes.scale > 0 ? Element::kFloat8 : params.source.element);
+  post.row_bytes = params.sizes.row;
+  post.scale_bytes = params.sizes.scale;
+  post.topk = params.topk;
+  post.has_weights = params.sizes.weight > 0;
+  post.routing_id = params.fresh ? 0 : static_cast<std::int64_t>(params.routing.header->id);
+  post.max_recv_rows = params.max_recv_rows;
+  post.block_rows = params.block_rows;
+  post.block_offset = params.block_offset;
+  post.block_bytes = params.block_bytes;
+  return post;
+}
+
+// The block that is last to have counted sums up and posts; it is the only one that sees all counts.
+__device__ void post_totals(const DispatchParams& params, std::uint64_t sequence, const Routes& routes,
+                            std::int32_t* totals) {
+  __shared__ OperationPost post;
+  const int bins = routes.bins();
+  for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) {
+    totals[bin] = counts_before(params.group.block_counts, bins, bin, gridDim.x);
+  }
+  if (threadIdx.x == 0) {
+    post = make_post(params);
+    const std::uint64_t bad = *reinterpret_cast<volatile std::uint64_t*>(&params.group.state->bad_route);
+    if (bad != kNoBadRoute) {
+      post.bad_route = static_cast<std::int64_t>(bad >> 32);
+      post.bad_expert = static_cast<std::int32_t>(bad & 0xffffffffu);
+      params.group.state->bad_route = kNoBadRoute;
+    }
+  }
+  __syncthreads();
+  publish_post(params.group, sequence, post, totals, bins);
+}
+
+__device__ void post_reuse(const DispatchParams& params, std::uint64_t sequence) {
+  __shared__ OperationPost post;
+  if (threadIdx.x == 0) post = make_post(params);
+  __syncthreads();
+  publish_post(params.group, sequence, post, nullptr, 0);
+}
+
+// First slots of this block's rows in every bin, and how many rows every rank gets. All threads; ends with a barrier.
+// Every block finds the same for all but its own place, and writes it to the routing alike.
+__device__ void place_bins(const DispatchParams& params, std::uint64_t sequence, const Routes& routes,
+                           std::int32_t* first, std::int32_t* totals, const DispatchShared& shared) {
+  const Group& group = params.group;
+  const int bins = routes.bins();
+  for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) {
+    std::int32_t total = 0;
+    std::int32_t before = 0;
+#pragma unroll 4
+    for (int source = 0; source < group.num_ranks; ++source) {
+      const std::int32_t count = load_cached_in_l2(counts_of(post_of(group, group.rank, sequence, source)) + bin);
+      total += count;
+      before += source < group.rank ? count : 0;
+    }
+    totals[bin] = total;
+    first[bin] = before + counts_before(group.block_counts, bins, bin, blockIdx.x);
+  }
+  __syncthreads();
+  const int lane = threadIdx.x & 31;
+  for (int rank = threadIdx.x / 32; rank < group.num_ranks; rank += kWarps) {
+    const int begin = group.first_of_rank[rank];
+    const int end = group.first_of_rank[rank + 1];
+    std::int64_t row = 0;
+    for (int base = begin; base < end; base += 32) {
+      const int i = base + lane;
+      const int expert = i < end ? group.experts_by_rank[i] : -1;
+      const std::int64_t rows = expert >= 0 ? totals[expert] : 0;
+      const std::int64_t aligned = align_up(rows, group.alignment);
+      std::int64_t sum = aligned;
+#pragma unroll
+      for (int distance = 1; distance < 32; distance *= 2) {
+        const std::int64_t other = __shfl_up_sync(0xffffffffu, sum, distance);
+        if (lane >= distance) sum += other;
+      }
+      const std::int64_t start = row + sum - aligned;
+      if (expert >= 0) {
+        first[expert] += static_cast<std::int32_t>(start);
+        if (rank == group.rank) {
+          params.routing.local_rows[i - begin] = rows;
+          params.routing.local_first[i - begin] = start;
+          if (params.tokens_per_expert != nullptr) {
+            params.tokens_per_expert[i - begin] = params.layout == RowLayout::kExpert ? aligned : rows;
+          }
+        }
+      }
+      row += __shfl_sync(0xffffffffu, sum, 31);
+    }
+    if (lane == 0) {
+      const std::int64_t fixed = post_field(group, sequence, rank, &OperationPost::block_rows);
+      const std::int64_t deduplicated = totals[routes.num_experts + rank];
+      shared.needed[rank] = params.layout == RowLayout::kExpert ? row : deduplicated;
+      shared.rows_at_rank[rank] = fixed >= 0 ? fixed : params.deduplicated ? deduplicated : row;
+      params.routing.rows_at_rank[rank] = shared.rows_at_rank[rank];
+      if (rank == group.rank) {
+        params.routing.header->id = sequence;
+        params.routing.header->received_rows = params.deduplicated ? deduplicated : row;
+      }
+    }
+  }
+  __syncthreads();
+}
+
+// Whether every rank's rows fit. All threads; ends with a barrier.
+__device__ void judge_room(const DispatchParams& params, std::uint64_t sequence, const DispatchShared& shared,
+                           Verdict& verdict) {
+  __shared__ std::uint32_t first;
+  if (threadIdx.x == 0) first = 0xffffffffu;
+  __syncthreads();
+  const bool fresh = params.fresh;
+  for (int rank = threadIdx.x; rank < params.group.num_ranks; rank += blockDim.x) {
+    const std::int64_t limit = post_field(params.group, sequence, rank, &OperationPost::max_recv_rows);
+    const std::int64_t bytes = post_field(params.group, sequence, rank, &OperationPost::block_bytes);
+    Outcome outcome = Outcome::kOk;
+    if (fresh && shared.needed[rank] > 0x7fffffff) {
+      outcome = Outcome::kTooMany;
+    } else if (fresh && limit >= 0 && shared.needed[rank] > limit) {
+      outcome = Outcome::kOverflow;
+    } else if (static_cast<std::int64_t>(params.sizes.block(shared.rows_at_rank[rank]).total) > bytes) {
+      outcome = Outcome::kNoRoom;
+    }
+    if (outcome == Outcome::kOk) continue;
+    // A limit that is too small comes before a block that is: all ranks must name the same.
+    const std::uint32_t kind = outcome == Outcome::kNoRoom ? 1 : 0;
+    atomicMin(&first, (kind << 31) | (static_cast<std::uint32_t>(rank) << 8) | static_cast<std::uint32_t>(outcome));
+  }
+  __syncthreads();
+  if (threadIdx.x == 0 && first != 0xffffffffu) {
+    const int rank = static_cast<int>((first & 0x7fffffffu) >> 8);
+    verdict.outcome = static_cast<Outcome>(first & 0xffu);
+    verdict.values[0] = rank;
+    verdict.values[1] = verdict.outcome == Outcome::kNoRoom
+                            ? static_cast<std::int64_t>(params.sizes.block(shared.rows_at_rank[rank]).total)
+                            : shared.needed[rank];
+    verdict.values[2] = post_field(params.group, sequence, rank,
+                                   verdict.outcome == Outcome::kNoRoom ? &OperationPost::block_bytes
+                                                                       : &OperationPost::max_recv_rows);
+    verdict.values[3] = 0;
+  }
+  __syncthreads();
+}
+
+// One block: counts and verdict for the call that waits, in host-mapped memory.
+__device__ void report_call(const DispatchParams& params, std::uint64_t sequence, const Routes& routes,
+                            const DispatchShared& shared, const Verdict& verdict) {
+  __shared__ unsigned long long sent;
+  const Group& group = params.group;
+  Report* report = group.report;
+  // A block that is too small is replaced by one of the size that is told here.
+  const bool counted = verdict.outcome == Outcome::kOk || verdict.outcome == Outcome::kNoRoom;
+  if (counted && params.fresh && params.ticket != 0) {
+    if (threadIdx.x == 0) sent = 0;
+    __syncthreads();
+    const std::int32_t* counts = counts_of(post_of(group, group.rank, sequence, group.rank));
+    for (int bin = threadIdx.x; bin < routes.bins(); bin += blockDim.x) {
+      const bool is_rank = bin >= routes.num_experts;
+      if (is_rank != params.deduplicated) continue;
+      const int rank = is_rank ? bin - routes.num_experts : group.rank_of_expert[bin];
+      if (rank != group.rank) atomicAdd(&sent, static_cast<unsigned long long>(load_cached_in_l2(counts + bin)));
+    }
+    const int local = group.first_of_rank[group.rank + 1] - group.first_of_rank[group.rank];
+    auto* rows = reinterpret_cast<std::int64_t*>(report + 1);
+    for (int i = threadIdx.x; i < local; i += blockDim.x) rows[i] = params.routing.local_rows[i];
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      std::int64_t received = shared.needed[group.rank];
+      if (params.layout == RowLayout::kExpert) {
+        received = 0;
+        for (int i = 0; i < local; ++i) received += params.routing.local_rows[i];
+      }
+      report->num_rows = params.max_recv_rows < 0 ? shared.needed[group.rank] : params.max_recv_rows;
+      report->num_received = received;
+      report->block_rows = shared.rows_at_rank[group.rank];
+      report->sent_rows = static_cast<std::int64_t>(sent);
+      report->call.outcome = static_cast<std::uint32_t>(Outcome::kOk);
+    }
+  }
+  if (threadIdx.x == 0 && verdict.outcome != Outcome::kOk) {
+    report_verdict(group, verdict, kOperation, sequence, params.ticket);
+  }
+  if (params.ticket == 0) return;
+  fence_system();
+  __syncthreads();
+  if (threadIdx.x == 0) store_release_system(&report->ticket, params.ticket);
+}
+
+// An operation that all ranks give up, with nobody waiting on the host: a result of no rows, and no rows to combine.
+__device__ void give_up(const DispatchParams& params, std::uint64_t sequence, const Span& span) {
+  const Group& group = params.group;
+  for (std::int64_t i = span.begin * params.topk + threadIdx.x; i < span.end * params.topk; i += blockDim.x) {
+    params.routing.entries[i] = Entry{-1, -1, -1};
+    params.routing.ids[i] = -1;
+  }
+  const int local = group.first_of_rank[group.rank + 1] - group.first_of_rank[group.rank];
+  const bool staged = params.deduplicated && params.layout == RowLayout::kExpert;
+  const std::int64_t rows = params.max_recv_rows;
+  __syncthreads();
+  for (int i = threadIdx.x; i < local; i += blockDim.x) {
+    params.routing.local_rows[i] = params.routing.local_first[i] = 0;
+    if (params.tokens_per_expert != nullptr) params.tokens_per_expert[i] = 0;
+  }
+  for (int rank = threadIdx.x; rank < group.num_ranks; rank += blockDim.x) {
+    const std::int64_t fixed = post_field(group, sequence, rank, &OperationPost::block_rows);
+    params.routing.rows_at_rank[rank] = fixed < 0 ? 0 : fixed;
+  }
+  if (threadIdx.x == 0) {
+    params.routing.header->id = sequence;
+    params.routing.header->received_rows = 0;
+  }
+  if (staged || rows < 0 || static_cast<std::int64_t>(params.sizes.block(rows).total) > params.block_bytes) return;
+  std::uint8_t* block = group.bases[group.rank] + params.block_offset;
+  const std::int64_t warp = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  const Destination own = destination_of(block, params.sizes, rows);
+  for (std::int64_t row = warp; row < rows; row += static_cast<std::int64_t>(gridDim.x) * kWarps) {
+    clear_row(own, params.sizes, row);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_constant__ DispatchParams params) {
+  extern __shared__ __align__(128) std::uint8_t memory[];
+  __shared__ Verdict verdict;
+  const Group& group = params.group;
+  if (load_relaxed_device(&group.state->failed) != 0) return;
+  const std::uint64_t sequence = group.state->sequence + 1;
+  if (params.ticket != 0 && blockIdx.x == 0 && threadIdx.x == 0) {
+    *reinterpret_cast<volatile std::uint64_t*>(&group.report->started) = params.ticket;
+  }
+  const DispatchShared shared(memory, group.num_ranks, params.pipeline, params.source.quantize);
+  const Routes routes{params.topk_idx, group.rank_of_expert, params.num_tokens,
+                      params.topk,     group.num_experts,    group.num_ranks};
+  const Span span = share_of(params.num_tokens, blockIdx.x, gridDim.x);
+  const int bins = routes.bins();
+  const int count_warps = params.pipeline.count_warps;
+  auto* counters = reinterpret_cast<std::int32_t*>(shared.scratch);
+  std::int32_t* first = counters + static_cast<std::size_t>(count_warps) * bins;
+  std::int32_t* totals = first + bins;
+
+  const bool fresh = params.fresh;
+  if (fresh) {
+    count_routes(routes, span, count_warps, counters, params.routing.ids, &group.state->bad_route);
+    publish_block_counts(routes, count_warps, counters, group.block_counts);
+    if (is_last_block(&group.state->blocks[0])) post_totals(params, sequence, routes, totals);
+  } else if (blockIdx.x == 0) {
+    post_reuse(params, sequence);
+  }
+  // This rank's own post is among those awaited: with it come the counts of all its blocks.
+  if (!wait_for_all(group, Step::kPost, sequence, kOperation)) return;
+  judge_posts(group, sequence, verdict);
+  if (verdict.outcome == Outcome::kOk) {
+    if (fresh) {
+      place_bins(params, sequence, routes, first, totals, shared);
+    } else {
+      for (int rank = threadIdx.x; rank < group.num_ranks; rank += blockDim.x) {
+        shared.rows_at_rank[rank] = params.routing.rows_at_rank[rank];
+      }
+      __syncthreads();
+    }
+    judge_room(params, sequence, shared, verdict);
+  }
+  if (blockIdx.x == 0) report_call(params, sequence, routes, shared, verdict);
+  if (is_fatal(verdict.outcome)) return;
+
+  const bool goes_on = verdict.outcome == Outcome::kOk;
+  if (goes_on) {
+    if (fresh) {
+      counts_to_slots(bins, count_warps, first, counters);
+      assign_slots(routes, span, params.deduplicated, count_warps, counters, params.routing.ids,
+                   params.routing.entries);
+    }
+    for (int rank = threadIdx.x; rank < group.num_ranks; rank += blockDim.x) {
+      const std::int64_t offset = post_field(group, sequence, rank, &OperationPost::block_offset);
+      shared.destinations[rank] =
+          destination_of(group.bases[rank] + offset, params.sizes, shared.rows_at_rank[rank]);
+    }
+    __syncthreads();
+    const bool staged = params.deduplicated && params.layout == RowLayout::kExpert;
+    if (!staged && (group.alignment > 1 || params.max_recv_rows >= 0)) {
+      const int local = group.first_of_rank[group.rank + 1] - group.first_of_rank[group.rank];
+      clear_padding(shared.destinations[group.rank], params.sizes, params.routing, params.layout, local,
+                    group.alignment, shared.rows_at_rank[group.rank]);
+    }
+    const SendJob job{params.source,        params.sizes,          span,        params.routing.entries,
+                      params.routing.ids,   group.rank_of_expert,  group.local_of_expert,
+                      params.topk,          params.deduplicated,   shared.destinations};
+    send_rows(job, params.pipeline, SendRing{shared.scratch, shared.barriers, shared.scales});
+  } else {
+    give_up(params, sequence, span);
+  }
+  if (is_last_block(&group.state->blocks[1])) {
+    finish_operation(group, Step::kArrival, sequence, kOperation, goes_on);
+  }
+}
+
+}  // namespace
+
+std::size_t dispatch_shared_bytes(const DispatchParams& params) {
+  const int bins = params.group.num_experts + params.group.num_ranks;
+  const std::size_t counters =
+      params.fresh ? DispatchShared::counter_bytes(bins, params.pipeline.count_warps) : 0;
+  const std::size_t ring = ring_bytes(params.pipeline);
+  const std::size_t fixed =
+      DispatchShared::fixed_bytes(params.group.num_ranks, params.pipeline, params.source.quantize);
+  return fixed + (counters > ring ? counters : ring);
+}
+
+cudaError_t prepare_dispatch(std::size_t most_shared_bytes) {
+  return cudaFuncSetAttribute(dispatch_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(most_shared_bytes));
+}
+
+cudaError_t launch_dispatch(const DispatchParams& params, int blocks, cudaStream_t stream) {
+  dispatch_kernel<<<blocks, kThreads, dispatch_shared_bytes(params), stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace gpu
+}  // namespace moe_ep

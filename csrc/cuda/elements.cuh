@@ -1,0 +1,116 @@
+// Element types as eight floats at a time, with the roundings of the host backend and of torch on a CPU.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/state.h"
+
+namespace moe_ep {
+namespace gpu {
+
+// The smallest amax told from zero, as in moe_ep_plugin/wire.py.
+constexpr float kMinAmax = 7.888609052210118e-31f;  // 2^-100
+constexpr float kFp8Max = 448.0f;
+
+struct Float32 {
+  static constexpr int kBytes = 4;
+  static constexpr int kPerVector = 4;
+  __device__ static void unpack(const uint4& vector, float (&values)[4]) {
+    values[0] = __uint_as_float(vector.x);
+    values[1] = __uint_as_float(vector.y);
+    values[2] = __uint_as_float(vector.z);
+    values[3] = __uint_as_float(vector.w);
+  }
+  __device__ static uint4 pack(const float (&values)[4]) {
+    return make_uint4(__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]),
+                      __float_as_uint(values[3]));
+  }
+};
+
+struct BFloat16 {
+  static constexpr int kBytes = 2;
+  static constexpr int kPerVector = 8;
+  __device__ static void unpack(const uint4& vector, float (&values)[8]) {
+    const std::uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      values[2 * i] = __uint_as_float(words[i] << 16);
+      values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+  }
+  __device__ static std::uint32_t pack2(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const std::uint32_t*>(&pair);
+  }
+  __device__ static uint4 pack(const float (&values)[8]) {
+    return make_uint4(pack2(values[0], values[1]), pack2(values[2], values[3]), pack2(values[4], values[5]),
+                      pack2(values[6], values[7]));
+  }
+};
+
+struct Float16 {
+  static constexpr int kBytes = 2;
+  static constexpr int kPerVector = 8;
+  __device__ static void unpack(const uint4& vector, float (&values)[8]) {
+    const std::uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
+      values[2 * i] = pair.x;
+      values[2 * i + 1] = pair.y;
+    }
+  }
+  __device__ static std::uint32_t pack2(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const std::uint32_t*>(&pair);
+  }
+  __device__ static uint4 pack(const float (&values)[8]) {
+    return make_uint4(pack2(values[0], values[1]), pack2(values[2], values[3]), pack2(values[4], values[5]),
+                      pack2(values[6], values[7]));
+  }
+};
+
+// Calls `visit` with the element type's tag. Rows of FP8 have no arithmetic: they never come here.
+template <class Visitor>
+__device__ inline void visit_element(Element element, Visitor&& visit) {
+  switch (element) {
+    case Element::kFloat32: visit(Float32{}); return;
+    case Element::kBFloat16: visit(BFloat16{}); return;
+    case Element::kFloat16: visit(Float16{}); return;
+    case Element::kFloat8: break;
+  }
+  __trap();
+}
+
+// The scale of a block whose largest finite magnitude is `amax`.
+__device__ inline float block_scale(float amax, bool power_of_two) {
+  float scale = __fdiv_rn(fmaxf(amax, kMinAmax), kFp8Max);
+  if (power_of_two) scale = __uint_as_float((__float_as_uint(scale) + 0x7fffffu) & 0x7f800000u);
+  return scale;
+}
+
+__device__ inline float finite_magnitude(float value) {
+  const float magnitude = fabsf(value);
+  return magnitude < __uint_as_float(0x7f800000u) ? magnitude : 0.0f;
+}
+
+// NaN and infinities become NaN; rounding in the reciprocal may push the largest element one ulp past 448.
+__device__ inline float scaled_for_fp8(float value, float reciprocal) {
+  const float scaled = fminf(fmaxf(__fmul_rn(value, reciprocal), -kFp8Max), kFp8Max);
+  return fabsf(value) < __uint_as_float(0x7f800000u) ? scaled : __uint_as_float(0x7fffffffu);
+}
+
+__device__ inline std::uint32_t to_e4m3x4(const float* values, float reciprocal) {
+  const float2 low = make_float2(scaled_for_fp8(values[0], reciprocal), scaled_for_fp8(values[1], reciprocal));
+  const float2 high = make_float2(scaled_for_fp8(values[2], reciprocal), scaled_for_fp8(values[3], reciprocal));
+  return static_cast<std::uint32_t>(__nv_cvt_float2_to_fp8x2(low, __NV_SATFINITE, __NV_E4M3)) |
+         (static_cast<std::uint32_t>(__nv_cvt_float2_to_fp8x2(high, __NV_SATFINITE, __NV_E4M3)) << 16);
+}
+
+}  // namespace gpu
+}  // namespace moe_ep

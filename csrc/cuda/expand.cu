@@ -1,0 +1,94 @@
+// The second stage of a dispatch to layout expert: rows that arrived once a (source rank, token) are written to the
+// place of each of their local experts. Rank-major order in, so ranks among an expert's rows come out right.
+#include "cuda/launch.h"
+#include "cuda/layout.cuh"
+#include "cuda/send.cuh"
+#include "cuda/wait.cuh"
+
+namespace moe_ep {
+namespace gpu {
+namespace {
+
+struct ExpandShared {
+  Destination* destination;
+  std::uint64_t* barriers;
+  std::uint8_t* scratch;
+
+  __host__ __device__ static std::size_t fixed_bytes(const Pipeline& pipeline) {
+    return align_up(sizeof(Destination) + ring_side_bytes(pipeline, false), 128);
+  }
+  __device__ ExpandShared(std::uint8_t* base, const Pipeline& pipeline) {
+    destination = reinterpret_cast<Destination*>(base);
+    barriers = reinterpret_cast<std::uint64_t*>(destination + 1);
+    scratch = base + fixed_bytes(pipeline);
+  }
+};
+
+// All blocks: returns when every block's counts can be read. One launch belongs to one dispatch, whose number marks it.
+__device__ void wait_for_blocks(DeviceState* state) {
+  const auto mark = static_cast<std::uint32_t>(state->sequence);
+  if (is_last_block(&state->blocks[0])) {
+    if (threadIdx.x == 0) store_release_device(&state->totals_set, mark);
+  }
+  if (threadIdx.x == 0) {
+    while (load_acquire_device(&state->totals_set) != mark) __nanosleep(100);
+  }
+  __syncthreads();
+}
+
+__global__ void __launch_bounds__(kThreads, 1) expand_kernel(const __grid_constant__ ExpandParams params) {
+  extern __shared__ __align__(128) std::uint8_t memory[];
+  DeviceState* state = params.group.state;
+  if (load_relaxed_device(&state->failed) != 0) return;
+  const ExpandShared shared(memory, params.pipeline);
+  const std::int64_t received = params.routing.header->received_rows;
+  const Span span = share_of(received, blockIdx.x, gridDim.x);
+  const Routes routes{params.local_ids, nullptr, received, params.topk, params.num_local_experts, 1};
+  const int count_warps = params.pipeline.count_warps;
+  if (params.fresh) {
+    const int bins = routes.bins();
+    auto* counters = reinterpret_cast<std::int32_t*>(shared.scratch);
+    std::int32_t* first = counters + static_cast<std::size_t>(count_warps) * bins;
+    count_routes(routes, span, count_warps, counters, params.ids, &state->bad_route);
+    publish_block_counts(routes, count_warps, counters, params.group.block_counts);
+    wait_for_blocks(state);
+    for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) {
+      const std::int64_t start = bin < params.num_local_experts ? params.routing.local_first[bin] : 0;
+      first[bin] = static_cast<std::int32_t>(start) +
+                   counts_before(params.group.block_counts, bins, bin, blockIdx.x);
+    }
+    __syncthreads();
+    counts_to_slots(bins, count_warps, first, counters);
+    assign_slots(routes, span, false, count_warps, counters, params.ids, params.fan);
+  }
+  if (threadIdx.x == 0) *shared.destination = destination_of(params.block, params.sizes, params.num_rows);
+  __syncthreads();
+  clear_padding(*shared.destination, params.sizes, params.routing, RowLayout::kExpert, params.num_local_experts,
+                params.group.alignment, params.num_rows);
+  const SendJob job{params.source, params.sizes, span, params.fan, nullptr, nullptr, nullptr, params.topk, false,
+                    shared.destination};
+  send_rows(job, params.pipeline, SendRing{shared.scratch, shared.barriers, nullptr});
+}
+
+}  // namespace
+
+std::size_t expand_shared_bytes(const ExpandParams& params) {
+  const Pipeline& pipeline = params.pipeline;
+  const std::size_t bins = static_cast<std::size_t>(params.num_local_experts) + 1;
+  const std::size_t counters = params.fresh ? bins * (pipeline.count_warps + 1) * sizeof(std::int32_t) : 0;
+  const std::size_t ring = ring_bytes(pipeline);
+  return ExpandShared::fixed_bytes(pipeline) + (counters > ring ? counters : ring);
+}
+
+cudaError_t prepare_expand(std::size_t most_shared_bytes) {
+  return cudaFuncSetAttribute(expand_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(most_shared_bytes));
+}
+
+cudaError_t launch_expand(const ExpandParams& params, int blocks, cudaStream_t stream) {
+  expand_kernel<<<blocks, kThreads, expand_shared_bytes(params), stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace gpu
+}  // namespace moe_ep

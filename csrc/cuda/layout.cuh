@@ -1,0 +1,182 @@
+// From expert ids to slots, in two passes over a block's own range of tokens. Every warp owns a run of consecutive
+// tokens and counters of its own, so ranks among equals follow (token, position) order whatever runs first.
+//
+// Bins: one for each expert, then one for each rank (a token counts once there).
+#pragma once
+
+#include "cuda/memory.cuh"
+#include "cuda/state.h"
+
+namespace moe_ep {
+namespace gpu {
+
+// Which ids a pass reads and what they mean.
+struct Routes {
+  const std::int64_t* given;           // ids as the caller has them; read by the first pass only
+  const std::int32_t* rank_of_expert;  // null: all on rank 0
+  std::int64_t num_tokens;
+  std::int32_t topk;
+  std::int32_t num_experts;
+  std::int32_t num_ranks;
+  __device__ int bins() const { return num_experts + num_ranks; }
+  __device__ int rank_of(int expert) const { return rank_of_expert == nullptr ? 0 : rank_of_expert[expert]; }
+};
+
+// A block's share of `count` items.
+struct Span {
+  std::int64_t begin;
+  std::int64_t end;
+};
+
+__device__ inline Span share_of(std::int64_t count, int index, int parts) {
+  const std::int64_t base = count / parts;
+  const std::int64_t extra = count % parts;
+  const std::int64_t begin = base * index + (index < extra ? index : extra);
+  return Span{begin, begin + base + (index < extra ? 1 : 0)};
+}
+
+// One (token, position) of a warp's step: whole tokens lie side by side in the lanes.
+struct RouteLane {
+  std::int64_t token;
+  int position;
+  int expert;  // -1: none
+  int rank;
+  int first_lane;  // of the token
+  bool in_range;   // the lane stands for a position, with an expert or not
+  bool first_of_rank;
+};
+
+__device__ inline RouteLane route_lane(const Routes& routes, std::int64_t first_token, std::int64_t end, int expert) {
+  const int lane = threadIdx.x & 31;
+  RouteLane route{};
+  const int place = lane / routes.topk;
+  route.position = lane - place * routes.topk;
+  route.first_lane = lane - route.position;
+  route.token = first_token + place;
+  route.in_range = place < 32 / routes.topk && route.token < end;
+  route.expert = route.in_range ? expert : -1;
+  route.rank = route.expert >= 0 ? routes.rank_of(route.expert) : -1;
+  // Tokens of a step have different keys, and so have lanes without an expert.
+  const std::uint32_t key = route.expert >= 0 ? (static_cast<std::uint32_t>(place) << 16) | route.rank
+                                              : 0x80000000u | static_cast<std::uint32_t>(lane);
+  const std::uint32_t same = __match_any_sync(0xffffffffu, key);
+  route.first_of_rank = route.expert >= 0 && __ffs(static_cast<int>(same)) - 1 == lane;
+  return route;
+}
+
+// The first pass: counters[warp][bin] of the warps that count, ids kept as int32. All threads of the block; ends
+// with a barrier. An id out of range counts as none and is reported in `bad_route`.
+__device__ inline void count_routes(const Routes& routes, const Span& span, int count_warps, std::int32_t* counters,
+                                    std::int32_t* ids, std::uint64_t* bad_route) {
+  const int bins = routes.bins();
+  for (int i = threadIdx.x; i < count_warps * bins; i += blockDim.x) counters[i] = 0;
+  __syncthreads();
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x & 31;
+  if (warp < count_warps) {
+    const Span own = share_of(span.end - span.begin, warp, count_warps);
+    std::int32_t* mine = counters + warp * bins;
+    const int tokens_a_step = 32 / routes.topk;
+    const std::int64_t end = span.begin + own.end;
+    for (std::int64_t token = span.begin + own.begin; token < end; token += tokens_a_step) {
+      const std::int64_t index = token * routes.topk + lane;
+      const bool there = lane < tokens_a_step * routes.topk && index < end * routes.topk;
+      int expert = -1;
+      if (there) {
+        const std::int64_t id = routes.given[index];
+        if (id >= -1 && id < routes.num_experts) {
+          expert = static_cast<int>(id);
+        } else {
+          const std::int64_t told = id < -0x7fffffff ? -0x7fffffff : id > 0x7fffffff ? 0x7fffffff : id;
+          const std::uint64_t where = (static_cast<std::uint64_t>(index + 1) << 32) | static_cast<std::uint32_t>(told);
+          atomicMin(reinterpret_cast<unsigned long long*>(bad_route), static_cast<unsigned long long>(where));
+        }
+        ids[index] = expert;
+      }
+      const RouteLane route = route_lane(routes, token, end, expert);
+      if (route.expert >= 0) atomicAdd(&mine[route.expert], 1);
+      if (route.first_of_rank) atomicAdd(&mine[routes.num_experts + route.rank], 1);
+    }
+  }
+  __syncthreads();
+}
+
+// The block's sums of all its warps, for the other blocks.
+__device__ inline void publish_block_counts(const Routes& routes, int count_warps, const std::int32_t* counters,
+                                            std::int32_t* block_counts) {
+  const int bins = routes.bins();
+  for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) {
+    std::int32_t sum = 0;
+    for (int warp = 0; warp < count_warps; ++warp) sum += counters[warp * bins + bin];
+    block_counts[static_cast<std::size_t>(blockIdx.x) * bins + bin] = sum;
+  }
+}
+
+// What this block's slots of a bin come after, within this rank's own rows: the counts of the blocks before it.
+__device__ inline std::int32_t counts_before(const std::int32_t* block_counts, int bins, int bin, int blocks) {
+  std::int32_t sum = 0;
+#pragma unroll 4
+  for (int block = 0; block < blocks; ++block) {
+    sum += load_cached_in_l2(block_counts + static_cast<std::size_t>(block) * bins + bin);
+  }
+  return sum;
+}
+
+// Turns counts into next slots: `first` is the block's first slot of every bin. All threads; ends with a barrier.
+__device__ inline void counts_to_slots(int bins, int count_warps, const std::int32_t* first, std::int32_t* counters) {
+  for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) {
+    std::int32_t next = first[bin];
+    for (int warp = 0; warp < count_warps; ++warp) {
+      const std::int32_t count = counters[warp * bins + bin];
+      counters[warp * bins + bin] = next;
+      next += count;
+    }
+  }
+  __syncthreads();
+}
+
+// The second pass: the entries of the block's tokens. `ids` are those that the first pass kept. All threads; ends
+// with a barrier.
+__device__ inline void assign_slots(const Routes& routes, const Span& span, bool deduplicated, int count_warps,
+                                    std::int32_t* counters, const std::int32_t* ids, Entry* entries) {
+  const int bins = routes.bins();
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x & 31;
+  if (warp < count_warps) {
+    const Span own = share_of(span.end - span.begin, warp, count_warps);
+    std::int32_t* mine = counters + warp * bins;
+    const int tokens_a_step = 32 / routes.topk;
+    const std::int64_t end = span.begin + own.end;
+    for (std::int64_t token = span.begin + own.begin; token < end; token += tokens_a_step) {
+      const std::int64_t index = token * routes.topk + lane;
+      const bool there = lane < tokens_a_step * routes.topk && index < end * routes.topk;
+      const RouteLane route = route_lane(routes, token, end, there ? ids[index] : -1);
+      const bool crosses = deduplicated ? route.first_of_rank : route.expert >= 0;
+      const int bin = deduplicated ? routes.num_experts + route.rank : route.expert;
+      const std::uint32_t key = crosses ? static_cast<std::uint32_t>(bin) : 0x80000000u | lane;
+      const std::uint32_t same = __match_any_sync(0xffffffffu, key);
+      const int before = __popc(same & ((1u << lane) - 1));
+      const std::int32_t slot = crosses ? mine[bin] + before : -1;
+      __syncwarp();
+      if (crosses && before == 0) mine[bin] += __popc(same);
+      __syncwarp();
+      // Ranks ascending, then positions; lanes that send nothing come last.
+      const int order = crosses ? route.rank : 0x7fffffff;
+      int place = 0;
+      for (int position = 0; position < routes.topk; ++position) {
+        const int other = __shfl_sync(0xffffffffu, order, (route.first_lane + position) & 31);
+        place += other < order || (other == order && position < route.position);
+      }
+      if (!route.in_range) continue;
+      Entry entry{};
+      entry.slot = slot;
+      entry.rank = static_cast<std::int16_t>(crosses ? route.rank : -1);
+      entry.position = static_cast<std::int16_t>(deduplicated ? -1 : route.position);
+      entries[route.token * routes.topk + place] = entry;
+    }
+  }
+  __syncthreads();
+}
+
+}  // namespace gpu
+}  // namespace moe_ep

@@ -1,0 +1,407 @@
+// Rows to their slots: each is read once and written to every place that wants it, quantised on the way if asked.
+//
+// Bulk path: every warp drives a ring of its own in shared memory. An item is one chunk of one token's row: the copy
+// engine loads it, and stores it once for each entry of the token. Warps never wait for each other.
+#pragma once
+
+#include "cuda/elements.cuh"
+#include "cuda/layout.cuh"
+#include "cuda/memory.cuh"
+#include "cuda/state.h"
+
+namespace moe_ep {
+namespace gpu {
+
+// Arrays of one rank's block.
+struct Destination {
+  std::uint8_t* rows;
+  float* scales;
+  float* weights;
+  std::int64_t* indices;
+};
+
+__device__ inline Destination destination_of(std::uint8_t* block, const RowSizes& sizes, std::int64_t rows) {
+  const ReceiveBlock arrays = sizes.block(rows);
+  return Destination{block + arrays.rows, reinterpret_cast<float*>(block + arrays.scales),
+                     reinterpret_cast<float*>(block + arrays.weights),
+                     reinterpret_cast<std::int64_t*>(block + arrays.indices)};
+}
+
+struct SendJob {
+  RowSource source;
+  RowSizes sizes;
+  Span span;  // tokens of this block
+  const Entry* entries;
+  const std::int32_t* ids;               // with deduplication: what goes beside a row
+  const std::int32_t* rank_of_expert;    // likewise
+  const std::int32_t* local_of_expert;   // likewise
+  std::int32_t topk;
+  bool deduplicated;
+  const Destination* destinations;  // in shared memory
+};
+
+__device__ inline int scales_per_row(const SendJob& job) {
+  return (job.source.hidden + static_cast<int>(kFp8Block) - 1) / static_cast<int>(kFp8Block);
+}
+
+// Lane j's entry of a token; rank -1 in the lanes past the last one.
+__device__ inline Entry entry_of(const Entry* entries, std::int64_t token, int topk) {
+  const int lane = threadIdx.x & 31;
+  Entry entry{};
+  entry.slot = -1;
+  entry.rank = -1;
+  if (lane < topk) entry = entries[token * topk + lane];
+  return entry;
+}
+
+__device__ inline int count_entries(const Entry& entry) { return __popc(__ballot_sync(0xffffffffu, entry.rank >= 0)); }
+
+// Calls `write(destination, slot)` for every entry of the warp's token.
+template <class Write>
+__device__ inline void for_each_entry(const SendJob& job, const Entry& entry, int count, Write&& write) {
+  for (int i = 0; i < count; ++i) {
+    const int rank = __shfl_sync(0xffffffffu, static_cast<int>(entry.rank), i);
+    const int slot = __shfl_sync(0xffffffffu, entry.slot, i);
+    write(job.destinations[rank], static_cast<std::size_t>(slot), rank);
+  }
+}
+
+// Weights, local expert ids and scales that came with the row: a warp, for one token.
+__device__ inline void send_metadata(const SendJob& job, std::int64_t token, const Entry& entry, int count) {
+  const int lane = threadIdx.x & 31;
+  if (job.sizes.weight + job.sizes.index > 0) {
+    if (!job.deduplicated) {
+      if (entry.rank >= 0) {
+        job.destinations[entry.rank].weights[entry.slot] = job.source.weights[token * job.topk + entry.position];
+      }
+    } else {
+      const bool there = lane < job.topk;
+      const std::int32_t expert = there ? job.ids[token * job.topk + lane] : -1;
+      const int expert_rank = expert >= 0 ? job.rank_of_expert[expert] : -1;
+      const std::int64_t local = expert >= 0 ? job.local_of_expert[expert] : -1;
+      const float weight = there && job.sizes.weight > 0 ? job.source.weights[token * job.topk + lane] : 0.0f;
+      for_each_entry(job, entry, count, [&](const Destination& to, std::size_t slot, int rank) {
+        if (!there) return;
+        const std::size_t at = slot * job.topk + lane;
+        if (job.sizes.weight > 0) to.weights[at] = expert_rank == rank ? weight : 0.0f;
+        if (job.sizes.index > 0) to.indices[at] = expert_rank == rank ? local : -1;
+      });
+    }
+  }
+  if (job.source.scales != nullptr) {
+    const int scales = scales_per_row(job);
+    const float* from = job.source.scales + token * scales;
+    for_each_entry(job, entry, count, [&](const Destination& to, std::size_t slot, int) {
+      for (int i = lane; i < scales; i += 32) to.scales[slot * scales + i] = from[i];
+    });
+  }
+}
+
+// Quantises a chunk in place: whole blocks of 128 but for a row's last, in units of 16 elements. A half-warp takes a
+// block, eight elements a lane. What a step writes lies before what later steps read.
+template <class T>
+__device__ inline void quantize_chunk(std::uint8_t* chunk, int elements, bool power_of_two, float* scales) {
+  constexpr int kVectors = 8 / T::kPerVector;
+  constexpr int kUnroll = 2;
+  const int lane = threadIdx.x & 31;
+  const int half = lane / 16;
+  const int within = (lane & 15) * 8;
+  const int blocks = (elements + static_cast<int>(kFp8Block) - 1) / static_cast<int>(kFp8Block);
+  for (int first = 0; first < blocks; first += 2 * kUnroll) {
+    float values[kUnroll][8];
+    float amax[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int column = (first + 2 * u + half) * static_cast<int>(kFp8Block) + within;
+      amax[u] = 0.0f;
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        uint4 vector = make_uint4(0, 0, 0, 0);
+        if (column < elements) vector = reinterpret_cast<const uint4*>(chunk + column * T::kBytes)[v];
+        float unpacked[T::kPerVector];
+        T::unpack(vector, unpacked);
+#pragma unroll
+        for (int i = 0; i < T::kPerVector; ++i) {
+          values[u][v * T::kPerVector + i] = unpacked[i];
+          amax[u] = fmaxf(amax[u], finite_magnitude(unpacked[i]));
+        }
+      }
+    }
+#pragma unroll
+    for (int distance = 8; distance > 0; distance /= 2) {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        amax[u] = fmaxf(amax[u], __shfl_xor_sync(0xffffffffu, amax[u], distance));
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int block = first + 2 * u + half;
+      const int column = block * static_cast<int>(kFp8Block) + within;
+      const float scale = block_scale(amax[u], power_of_two);
+      const float reciprocal = __fdiv_rn(1.0f, scale);
+      if (column < elements) {
+        *reinterpret_cast<uint2*>(chunk + column) =
+            make_uint2(to_e4m3x4(values[u], reciprocal), to_e4m3x4(values[u] + 4, reciprocal));
+      }
+      if (within == 0 && block < blocks) scales[block] = scale;
+    }
+    __syncwarp();
+  }
+}
+
+// Shared memory of the bulk path.
+struct SendRing {
+  std::uint8_t* stages;     // [warps][stages][chunk_bytes]
+  std::uint64_t* barriers;  // [warps][stages], initialised with one arrival
+  float* scales;            // [warps][kMostScalesAChunk], where rows are quantised
+};
+
+__host__ __device__ inline std::size_t ring_bytes(const Pipeline& pipeline) {
+  return pipeline.use_bulk ? static_cast<std::size_t>(pipeline.warps) * pipeline.stages * pipeline.chunk_bytes : 0;
+}
+
+// Of the barriers and the scales.
+__host__ __device__ inline std::size_t ring_side_bytes(const Pipeline& pipeline, bool quantize) {
+  const std::size_t warps = static_cast<std::size_t>(pipeline.warps);
+  return warps * (pipeline.stages * sizeof(std::uint64_t) + (quantize ? kMostScalesAChunk * sizeof(float) : 0));
+}
+
+// All warps of the pipeline. When it returns, what the calling thread stored has been written.
+template <int kStages>
+__device__ inline void send_rows_bulk(const SendJob& job, const Pipeline& pipeline, const SendRing& ring) {
+  constexpr int kAhead = kStages / 2 + (kStages == 3);
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x & 31;
+  if (warp >= pipeline.warps) return;
+  std::uint8_t* stages = ring.stages + static_cast<std::size_t>(warp) * kStages * pipeline.chunk_bytes;
+  std::uint64_t* barriers = ring.barriers + warp * kStages;
+  float* scales = ring.scales + warp * kMostScalesAChunk;
+  const int element = static_cast<int>(element_bytes(job.source.element));
+  const int chunk_elements = pipeline.chunk_bytes / element;
+  const int chunks = (job.source.hidden + chunk_elements - 1) / chunk_elements;
+  const std::size_t source_row = static_cast<std::size_t>(job.source.hidden) * element;
+  const std::int64_t items = (job.span.end - job.span.begin) * chunks;
+  const int out_element = job.source.quantize ? 1 : element;
+  const int row_scales = scales_per_row(job);
+
+  const auto elements_of = [&](int chunk) {
+    const int left = job.source.hidden - chunk * chunk_elements;
+    return left < chunk_elements ? left : chunk_elements;
+  };
+  const auto load = [&](std::int64_t item, int stage) {
+    const std::int64_t token = job.span.begin + item / chunks;
+    const int chunk = static_cast<int>(item % chunks);
+    const std::uint32_t bytes = static_cast<std::uint32_t>(elements_of(chunk) * element);
+    barrier_arrive_expect(barriers + stage, bytes);
+    bulk_load(stages + stage * pipeline.chunk_bytes,
+              job.source.rows + token * source_row + static_cast<std::size_t>(chunk) * chunk_elements * element, bytes,
+              barriers + stage);
+  };
+  const auto fetch = [&](std::int64_t item) {
+    if (item >= items) return Entry{-1, -1, -1};
+    return entry_of(job.entries, job.span.begin + item / chunks, job.topk);
+  };
+
+  if (lane == 0) {
+    for (int i = 0; i < kAhead; ++i) {
+      const std::int64_t item = warp + static_cast<std::int64_t>(i) * pipeline.warps;
+      if (item < items) load(item, i);
+    }
+  }
+  Entry next = fetch(warp);
+  int stage = 0;
+  std::uint32_t parity = 0;
+  for (std::int64_t item = warp; item < items; item += pipeline.warps) {
+    const Entry entry = next;
+    next = fetch(item + pipeline.warps);
+    const std::int64_t ahead = item + static_cast<std::int64_t>(kAhead) * pipeline.warps;
+    if (ahead < items) {
+      // The stage was stored from kStages - kAhead items ago.
+      bulk_wait_read<kStages - kAhead - 1>();
+      __syncwarp();
+      if (lane == 0) load(ahead, (stage + kAhead) % kStages);
+    }
+    const std::int64_t token = job.span.begin + item / chunks;
+    const int chunk = static_cast<int>(item % chunks);
+    const int elements = elements_of(chunk);
+    const int count = count_entries(entry);
+    std::uint8_t* data = stages + stage * pipeline.chunk_bytes;
+    barrier_wait(barriers + stage, parity);
+    if (job.source.quantize) {
+      visit_element(job.source.element, [&](auto tag) {
+        quantize_chunk<decltype(tag)>(data, elements, job.source.power_of_two, scales);
+      });
+      fence_shared_to_bulk();
+      __syncwarp();
+    }
+    if (entry.rank >= 0) {
+      bulk_store(job.destinations[entry.rank].rows + static_cast<std::size_t>(entry.slot) * job.sizes.row +
+                     static_cast<std::size_t>(chunk) * chunk_elements * out_element,
+                 data, static_cast<std::uint32_t>(elements * out_element));
+    }
+    bulk_commit();
+    if (job.source.quantize) {
+      const int first = chunk * (chunk_elements / static_cast<int>(kFp8Block));
+      const int blocks = (elements + static_cast<int>(kFp8Block) - 1) / static_cast<int>(kFp8Block);
+      for_each_entry(job, entry, count, [&](const Destination& to, std::size_t slot, int) {
+        for (int i = lane; i < blocks; i += 32) to.scales[slot * row_scales + first + i] = scales[i];
+      });
+      __syncwarp();
+    }
+    if (chunk == 0) send_metadata(job, token, entry, count);
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+  bulk_wait_written();
+  fence_bulk_to_global();
+}
+
+// The vector path: rows of any size in words of `Word`, straight from registers. A warp, for one token.
+template <class Word>
+__device__ inline void copy_row(const SendJob& job, std::int64_t token, const Entry& entry, int count) {
+  constexpr int kUnroll = 4;
+  const int lane = threadIdx.x & 31;
+  const int words = static_cast<int>(job.sizes.row / sizeof(Word));
+  const auto* from = reinterpret_cast<const Word*>(job.source.rows + token * job.sizes.row);
+  for (int base = 0; base < words; base += 32 * kUnroll) {
+    Word held[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int word = base + 32 * u + lane;
+      if (word < words) held[u] = from[word];
+    }
+    for_each_entry(job, entry, count, [&](const Destination& to, std::size_t slot, int) {
+      auto* at = reinterpret_cast<Word*>(to.rows + slot * job.sizes.row);
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int word = base + 32 * u + lane;
+        if (word < words) at[word] = held[u];
+      }
+    });
+  }
+}
+
+template <class T>
+__device__ inline void load_four(const std::uint8_t* from, float (&values)[4]) {
+  if constexpr (T::kBytes == 4) {
+    T::unpack(*reinterpret_cast<const uint4*>(from), values);
+  } else {
+    const uint2 pair = *reinterpret_cast<const uint2*>(from);
+    float eight[8];
+    T::unpack(make_uint4(pair.x, pair.y, 0, 0), eight);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[i] = eight[i];
+  }
+}
+
+// Likewise, quantised: a block of 128 a step, four elements a lane. hidden is a multiple of 4.
+template <class T>
+__device__ inline void quantize_row(const SendJob& job, std::int64_t token, const Entry& entry, int count) {
+  const int lane = threadIdx.x & 31;
+  const int row_scales = scales_per_row(job);
+  const std::uint8_t* row = job.source.rows + token * (static_cast<std::size_t>(job.source.hidden) * T::kBytes);
+  for (int block = 0; block < row_scales; ++block) {
+    const int column = block * static_cast<int>(kFp8Block) + lane * 4;
+    float values[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (column < job.source.hidden) load_four<T>(row + static_cast<std::size_t>(column) * T::kBytes, values);
+    float amax = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) amax = fmaxf(amax, finite_magnitude(values[i]));
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+      amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, distance));
+    }
+    const float scale = block_scale(amax, job.source.power_of_two);
+    const std::uint32_t quantized = to_e4m3x4(values, __fdiv_rn(1.0f, scale));
+    for_each_entry(job, entry, count, [&](const Destination& to, std::size_t slot, int) {
+      if (column < job.source.hidden) {
+        *reinterpret_cast<std::uint32_t*>(to.rows + slot * job.sizes.row + column) = quantized;
+      }
+      if (lane == 0) to.scales[slot * row_scales + block] = scale;
+    });
+  }
+}
+
+__device__ inline void send_rows_vector(const SendJob& job) {
+  for (std::int64_t token = job.span.begin + threadIdx.x / 32; token < job.span.end; token += kWarps) {
+    const Entry entry = entry_of(job.entries, token, job.topk);
+    const int count = count_entries(entry);
+    if (count == 0) continue;
+    if (job.source.quantize) {
+      visit_element(job.source.element, [&](auto tag) { quantize_row<decltype(tag)>(job, token, entry, count); });
+    } else if (job.sizes.row % 16 == 0) {
+      copy_row<uint4>(job, token, entry, count);
+    } else {
+      copy_row<std::uint32_t>(job, token, entry, count);
+    }
+    send_metadata(job, token, entry, count);
+  }
+}
+
+// All threads of a block. What they stored has been written when it returns, as far as each one's own stores go.
+__device__ inline void send_rows(const SendJob& job, const Pipeline& pipeline, const SendRing& ring) {
+#if defined(MOE_EP_BULK_COPIES)
+  if (pipeline.use_bulk) {
+    for (int i = threadIdx.x; i < pipeline.warps * pipeline.stages; i += blockDim.x) barrier_init(ring.barriers + i, 1);
+    fence_barrier_init();
+    fence_shared_to_bulk();
+    __syncthreads();
+    switch (pipeline.stages) {
+      case 2: send_rows_bulk<2>(job, pipeline, ring); return;
+      case 3: send_rows_bulk<3>(job, pipeline, ring); return;
+      case 4: send_rows_bulk<4>(job, pipeline, ring); return;
+      default: __trap();
+    }
+  }
+#endif
+  send_rows_vector(job);
+}
+
+// Zeros, and -1 as an id: a warp, for one row.
+__device__ inline void clear_row(const Destination& block, const RowSizes& sizes, std::int64_t row) {
+  const int lane = threadIdx.x & 31;
+  std::uint8_t* bytes = block.rows + row * sizes.row;
+  if (sizes.row % 16 == 0) {
+    for (int i = lane; i < static_cast<int>(sizes.row / 16); i += 32) {
+      reinterpret_cast<uint4*>(bytes)[i] = make_uint4(0, 0, 0, 0);
+    }
+  } else {
+    for (int i = lane; i < static_cast<int>(sizes.row / 4); i += 32) reinterpret_cast<std::uint32_t*>(bytes)[i] = 0;
+  }
+  for (int i = lane; i < static_cast<int>(sizes.scale / 4); i += 32) block.scales[row * (sizes.scale / 4) + i] = 0.0f;
+  for (int i = lane; i < static_cast<int>(sizes.weight / 4); i += 32) {
+    block.weights[row * (sizes.weight / 4) + i] = 0.0f;
+  }
+  for (int i = lane; i < static_cast<int>(sizes.index / 8); i += 32) block.indices[row * (sizes.index / 8) + i] = -1;
+}
+
+// The rows of this rank's returned block that carry no token. `routing` tells where they are.
+__device__ inline void clear_padding(const Destination& block, const RowSizes& sizes, const RoutingView& routing,
+                                     RowLayout layout, int num_local_experts, int alignment, std::int64_t num_rows) {
+  std::int64_t end = load_cached_in_l2(&routing.header->received_rows);
+  if (layout == RowLayout::kExpert && num_local_experts > 0) {
+    const int last = num_local_experts - 1;
+    const std::int64_t rows = load_cached_in_l2(routing.local_rows + last);
+    end = align_up(load_cached_in_l2(routing.local_first + last) + rows, alignment);
+    // A few warps an expert, so that experts are cleared side by side.
+    constexpr int kParts = 8;
+    const int warp = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    const int warps = gridDim.x * (blockDim.x / 32);
+    for (int i = warp; i < num_local_experts * kParts && alignment > 1; i += warps) {
+      const std::int64_t first = load_cached_in_l2(routing.local_first + i / kParts);
+      const std::int64_t used = first + load_cached_in_l2(routing.local_rows + i / kParts);
+      const std::int64_t next = align_up(used, alignment);
+      for (std::int64_t row = used + i % kParts; row < next; row += kParts) clear_row(block, sizes, row);
+    }
+  }
+  const std::int64_t warp = static_cast<std::int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+  const std::int64_t warps = static_cast<std::int64_t>(gridDim.x) * (blockDim.x / 32);
+  for (std::int64_t row = end + warp; row < num_rows; row += warps) clear_row(block, sizes, row);
+}
+
+}  // namespace gpu
+}  // namespace moe_ep

@@ -1,0 +1,244 @@
+// What host and kernels share: the rank's view of its group, routing tables, arguments of kernels, and the report
+// that kernels leave in host-mapped memory. Plain data; device helpers are in the .cuh files.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/heap_layout.h"
+
+namespace moe_ep {
+namespace gpu {
+
+// Of one kernel, for all ranks of one GPU together: see Communicator's check of num_sms.
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
+constexpr int kMostScalesAChunk = 32;  // so a chunk has at most 4096 elements where rows are quantised
+constexpr int kReduceChunk = 1024;     // bytes of a row that a warp sums at a time: two vectors a lane
+
+// How an operation ended, where it did not end well. The first one is kept until the host has seen it.
+enum class Outcome : std::uint32_t {
+  kOk = 0,
+  kNoRoom,     // a rank's block is too small for its rows: [rank, need bytes, block bytes]
+  kOverflow,   // more rows than max_recv_tokens: [rank, need, limit]
+  kTooMany,    // more rows than 32-bit slots: [rank, need]
+  kBadRoute,   // an id out of range: [rank, 1 + index in topk_idx, id, topk]
+  kMismatch,   // ranks disagree: [rank, compared field, theirs, mine]
+  kTimeout,    // [rank, step, seen]
+  kLost,       // [rank, step, seen, departure state]
+  kAborted,    // the host gave up: [rank, step, seen]
+};
+
+// Outcomes after which the buffer can go on: every rank gave the same operation up together.
+MOE_EP_HOST_DEVICE constexpr bool is_fatal(Outcome outcome) { return outcome >= Outcome::kMismatch; }
+
+constexpr int kReportValues = 4;
+
+struct ReportedOutcome {
+  std::uint32_t outcome;
+  std::uint32_t operation;
+  std::uint64_t sequence;
+  std::int64_t values[kReportValues];
+};
+
+// Host-mapped memory, one a rank. `call` belongs to the call that waits for it; `failure` is the first outcome of
+// any kind since the host last took one.
+struct Report {
+  std::uint64_t ticket;   // of the last call whose counts are below
+  std::uint64_t started;  // ticket of the last kernel that began
+  std::int64_t num_rows;      // to return
+  std::int64_t num_received;  // of these, rows that carry a token
+  std::int64_t block_rows;    // of the receive block
+  std::int64_t sent_rows;     // that go to other ranks
+  ReportedOutcome call;
+  std::uint32_t failure_state;  // 0: none, 1: being written, 2: there
+  ReportedOutcome failure;
+  std::uint32_t abort;  // written by the host: waits end
+};
+// Followed by int64 [num_local_experts] received rows, no padding.
+
+// A row that crosses: into which slot of which rank's block. rank -1: none; entries of a token are packed to the
+// front, ranks ascending, then top-k positions ascending.
+struct Entry {
+  std::int32_t slot;
+  std::int16_t rank;
+  std::int16_t position;  // -1 where the row stands for all of the token's experts there
+};
+
+// Device memory of this rank alone, kept between operations.
+struct DeviceState {
+  std::uint64_t sequence;    // operations done
+  std::uint32_t failed;      // an operation ended fatally: later ones do nothing
+  std::uint32_t blocks[2];   // counters of blocks that wrap to 0 by themselves
+  std::uint32_t totals_set;  // expand: number of the pass whose totals are there
+  std::uint64_t bad_route;   // smallest (1 + flat index) << 32 | id of this operation, see layout.cuh; kNoBadRoute
+};
+
+constexpr std::uint64_t kNoBadRoute = ~0ull;
+
+// The routing of one handle, in device memory that the handle owns.
+struct RoutingHeader {
+  std::uint64_t id;            // sequence number of the dispatch that made it
+  std::int64_t received_rows;  // rows of this rank's block that carry a token
+};
+
+struct RoutingShape {
+  std::size_t num_ranks;
+  std::size_t num_local_experts;
+  std::size_t num_tokens;
+  std::size_t topk;
+};
+
+struct RoutingView {
+  RoutingHeader* header;
+  std::int64_t* local_rows;    // [num_local_experts] rows received, no padding
+  std::int64_t* local_first;   // [num_local_experts] first row in layout expert
+  std::int64_t* rows_at_rank;  // [num_ranks] rows of every rank's block
+  Entry* entries;              // [num_tokens, topk]
+  std::int32_t* ids;           // [num_tokens, topk]
+
+  MOE_EP_HOST_DEVICE static std::size_t entries_offset(const RoutingShape& shape) {
+    return align_up(sizeof(RoutingHeader) + (2 * shape.num_local_experts + shape.num_ranks) * sizeof(std::int64_t), 16);
+  }
+  MOE_EP_HOST_DEVICE static std::size_t bytes(const RoutingShape& shape) {
+    return entries_offset(shape) + shape.num_tokens * shape.topk * (sizeof(Entry) + sizeof(std::int32_t));
+  }
+  MOE_EP_HOST_DEVICE static RoutingView at(void* memory, const RoutingShape& shape) {
+    auto* base = static_cast<std::uint8_t*>(memory);
+    RoutingView view{};
+    view.header = reinterpret_cast<RoutingHeader*>(base);
+    view.local_rows = reinterpret_cast<std::int64_t*>(base + sizeof(RoutingHeader));
+    view.local_first = view.local_rows + shape.num_local_experts;
+    view.rows_at_rank = view.local_first + shape.num_local_experts;
+    view.entries = reinterpret_cast<Entry*>(base + entries_offset(shape));
+    view.ids = reinterpret_cast<std::int32_t*>(view.entries + shape.num_tokens * shape.topk);
+    return view;
+  }
+};
+
+// What every kernel of a rank knows of its group. Passed by value; tables are in device memory.
+struct Group {
+  HeapLayout layout;
+  std::int32_t rank;
+  std::int32_t num_ranks;
+  std::int32_t num_experts;
+  std::int32_t alignment;
+  std::uint8_t* const* bases;             // [num_ranks] heaps as this process maps them
+  const std::int32_t* rank_of_expert;     // [num_experts]
+  const std::int32_t* local_of_expert;    // [num_experts]
+  const std::int32_t* experts_by_rank;    // [num_experts] sorted by (rank, local index)
+  const std::int32_t* first_of_rank;      // [num_ranks + 1] into experts_by_rank
+  std::int32_t* block_counts;             // [blocks][bins] workspace
+  DeviceState* state;
+  Report* report;  // as the device maps it
+  std::uint64_t timeout_ns;
+};
+
+// Bytes per row of the arrays of a receive block.
+struct RowSizes {
+  std::uint32_t row;
+  std::uint32_t scale;
+  std::uint32_t weight;
+  std::uint32_t index;
+
+  MOE_EP_HOST_DEVICE ReceiveBlock block(std::int64_t rows) const {
+    return ReceiveBlock::make(static_cast<std::size_t>(rows), row, scale, weight, index);
+  }
+};
+
+// Where rows come from and what becomes of them on the way.
+struct RowSource {
+  const std::uint8_t* rows;  // [num_tokens, hidden] of `element`
+  const float* scales;       // of rows that are quantised already, or null
+  const float* weights;      // [num_tokens, topk] or null
+  std::int32_t hidden;
+  Element element;
+  bool quantize;  // to e4m3 in blocks of 128
+  bool power_of_two;
+};
+
+// How a block's warps move rows: see send.cuh and reduce.cuh.
+struct Pipeline {
+  std::int32_t warps;        // that move rows
+  std::int32_t stages;       // of each warp's ring
+  std::int32_t chunk_bytes;  // of a source row, per stage
+  std::int32_t use_bulk;     // bulk asynchronous copies (sm_90 and later, rows of whole 16 bytes); else vectors
+  std::int32_t count_warps;  // that count routes: as many as shared memory has counters for
+};
+
+struct DispatchParams {
+  Group group;
+  RowSource source;
+  RowSizes sizes;
+  Pipeline pipeline;
+  RoutingView routing;
+  bool fresh;  // route `topk_idx`; otherwise reuse the routing
+  const std::int64_t* topk_idx;
+  std::int64_t num_tokens;
+  std::int32_t topk;
+  RowLayout layout;
+  bool deduplicated;            // one row a (token, rank)
+  std::int64_t max_recv_rows;   // of the rows returned; -1: exact
+  std::int64_t block_rows;      // that this rank's block is laid out for; -1: as many as come
+  std::int64_t block_offset;    // of this rank's receive block in its heap
+  std::int64_t block_bytes;     // -1: no room
+  std::int64_t* tokens_per_expert;  // [num_local_experts] rows returned, padding included; or null
+  std::uint64_t ticket;             // 0: nobody waits for the counts
+};
+
+// The second stage: expert-major rows from the rank-major rows of this rank's block.
+struct ExpandParams {
+  Group group;
+  RowSource source;  // the rows as they arrived; weights [received rows, topk]
+  RowSizes sizes;    // of the rows returned
+  Pipeline pipeline;
+  RoutingView routing;
+  Entry* fan;                     // [received rows, topk]: slots of the rows returned; every rank in it is 0
+  bool fresh;                     // the fan-out is to be found; otherwise it is reused
+  const std::int64_t* local_ids;  // [received rows, topk] as they arrived
+  std::int32_t* ids;              // [received rows, topk] workspace
+  std::int32_t topk;
+  std::int32_t num_local_experts;
+  std::uint8_t* block;
+  std::int64_t num_rows;  // of `block`
+};
+
+struct CombineParams {
+  Group group;
+  Pipeline pipeline;
+  RoutingView routing;
+  std::int64_t num_tokens;
+  std::int32_t topk;
+  std::int32_t most_entries;  // that a token has
+  std::int32_t hidden;
+  Element element;
+  RowLayout layout;
+  bool deduplicated;
+  bool has_weights;
+  bool weights_at_rows;  // read from the rows' ranks; otherwise they are applied already
+  bool has_values;
+  std::int64_t rows_offset;     // in this rank's heap; -1 in `block_bytes`: no room
+  std::int64_t weights_offset;
+  std::int64_t values_offset;
+  std::int64_t block_bytes;
+  std::uint8_t* out;
+  float* values_out;
+};
+
+// Weighted sums of each received row's experts, before they cross back: stage two in reverse.
+struct ReduceParams {
+  Pipeline pipeline;
+  const Entry* fan;
+  const std::int64_t* received_rows;
+  std::int32_t topk;
+  std::int32_t hidden;
+  Element element;
+  const std::uint8_t* rows;
+  const float* weights;  // [rows] or null
+  const float* values;   // [rows] or null
+  std::uint8_t* out;     // [received rows, hidden]
+  float* values_out;     // [received rows, topk]
+};
+
+}  // namespace gpu
+}  // namespace moe_ep

@@ -1,0 +1,137 @@
+"""The compiled CUDA part (csrc/bindings_cuda.cpp). Tensors and streams cross as addresses."""
+
+from typing import Any
+
+_Offsets = tuple[int, int, int, int, int]
+
+routing_header_bytes: int
+fan_bytes: int
+
+class Block:
+    """A lease of the heap; given back with its last user."""
+
+    @property
+    def data(self) -> int: ...
+    def dlpack(self) -> Any: ...
+
+class Heap:
+    def __init__(
+        self, *, device: int, num_ranks: int, num_experts: int, pool_bytes: int, overflow_bytes: int
+    ) -> None: ...
+    def ipc_handle(self) -> bytes: ...
+    def leased_bytes(self) -> int: ...
+
+class Routing:
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def num_received(self) -> int: ...
+    @property
+    def block_rows(self) -> int: ...
+    @property
+    def sent_rows(self) -> int: ...
+    @property
+    def tokens_per_local_expert(self) -> list[int]: ...
+    def set_fan(self, address: int) -> None: ...
+
+class DispatchResult:
+    @property
+    def block(self) -> Block | None: ...
+    @property
+    def data(self) -> int: ...
+    @property
+    def offsets(self) -> _Offsets: ...
+    @property
+    def routing(self) -> Routing: ...
+    @property
+    def must_copy(self) -> bool: ...
+    @property
+    def bytes_per_row(self) -> int: ...
+
+class CombineResult:
+    @property
+    def staged(self) -> bool: ...
+    @property
+    def bytes_to_peers(self) -> int: ...
+
+class Communicator:
+    def __init__(
+        self,
+        heap: Heap,
+        *,
+        rank: int,
+        peers: list[tuple[int, bytes]],
+        expert_to_rank: list[int],
+        alignment: int,
+        two_stage: bool,
+        max_tokens: int,
+        timeout_s: float,
+        default_sms: int,
+    ) -> None: ...
+    def dispatch(
+        self,
+        *,
+        x: int,
+        element: int,
+        scales: int | None,
+        num_tokens: int,
+        hidden: int,
+        topk_idx: int,
+        topk: int,
+        weights: int | None,
+        layout: int,
+        max_recv_rows: int,
+        quantize: bool,
+        power_of_two: bool,
+        routing: Routing | None,
+        routing_memory: int,
+        tokens_per_expert: int,
+        num_sms: int,
+        stream: int,
+        home: int,
+    ) -> DispatchResult: ...
+    def expand(
+        self,
+        *,
+        staged: DispatchResult,
+        element: int,
+        hidden: int,
+        fresh: bool,
+        ids: int,
+        block: int,
+        num_sms: int,
+        stream: int,
+    ) -> None: ...
+    def expanded_offsets(self, staged: DispatchResult) -> _Offsets: ...
+    def combine(
+        self,
+        *,
+        rows: int,
+        element: int,
+        hidden: int,
+        routing: Routing,
+        weights: int | None,
+        values: int | None,
+        out: int,
+        values_out: int,
+        num_sms: int,
+        stream: int,
+        home: int,
+    ) -> CombineResult: ...
+    def lease(self, bytes: int, *, stream: int, home: int) -> Block | None: ...
+    def copy(self, to: int, source: int, bytes: int, stream: int) -> None: ...
+    def check(self) -> None: ...
+    def depart(self, state: int, text: str) -> None: ...
+    def routing_bytes(self, num_tokens: int, topk: int) -> int: ...
+    def tune(
+        self,
+        *,
+        send_warps: int = 0,
+        send_stages: int = 0,
+        chunk_bytes: int = 0,
+        reduce_warps: int = 0,
+        reduce_stages: int = 0,
+    ) -> None: ...
+
+def device_uuid(device: int) -> str: ...
+def num_sms_of(device: int) -> int: ...

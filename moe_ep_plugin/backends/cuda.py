@@ -1,0 +1,534 @@
+"""GPUs that can map each other's memory (NVLink, PCIe), or several ranks on one GPU, with kernels of our own."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .._extension import load_cuda
+from ..bootstrap import exchange
+from ..errors import BackendUnavailable, ConfigError, StateError
+from ..handle import DispatchHandle
+from ..types import CombineOutput, DispatchOutput
+from ..wire import FP8_DTYPE, num_scales
+from .base import Backend, BackendContext, CombineRequest, DispatchRequest
+from .host import ELEMENT_CODES, LAYOUT_CODES, address_of, machine_id
+from .select import agree
+
+logger = logging.getLogger("moe_ep_plugin")
+
+_CLOSED, _FAILED = 1, 2
+# More SMs than this gain nothing on an H200, measured with tests/bench/bench_throughput.py --scaling.
+_MOST_USEFUL_SMS = 24
+
+
+def default_num_sms(device_sms: int, ranks_on_device: int) -> int:
+    """SMs of one rank where none are asked for: its share of the GPU, up to what still helps."""
+    return max(1, min(_MOST_USEFUL_SMS, device_sms // ranks_on_device))
+
+
+def direct_moves_fewer_bytes(num_ranks: int, num_topk: int, link_share: float) -> bool:
+    """Whether layout ``"expert"`` is made faster by writing every copy from the sender than in two stages.
+
+    Time of one token's rows over the slowest resource, for uniformly random experts. A token reaches
+    ``R (1 - (1 - 1/R)^K)`` ranks. Directly, K rows leave it, ``K (R - 1) / R`` of them over the link. In two stages
+    one row a rank crosses, and the receiver then reads each and writes K.
+
+    Args:
+        num_ranks: R.
+        num_topk: K.
+        link_share: Bandwidth of the link between ranks, relative to that of memory (reads and writes added).
+    """
+    ranks_reached = num_ranks * (1 - (1 - 1 / num_ranks) ** num_topk)
+    remote = (num_ranks - 1) / num_ranks
+    direct = max(num_topk * remote / link_share, 1 + num_topk)
+    two_stage = max(ranks_reached * remote / link_share, 1 + ranks_reached) + ranks_reached + num_topk
+    return direct <= two_stage
+
+
+# NVLink over HBM, each way: 450 GB/s of 4.2 TB/s on an H200. PCIe makes two stages pay the more.
+_LINK_SHARE = 0.107
+
+
+class GpuEvent:
+    """Completion of an operation on the GPU.
+
+    Args:
+        stream: The stream whose work until now is waited for.
+        communicator: Asked what the operation ran into, once it has completed.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream, communicator: Any) -> None:
+        self._event = torch.cuda.Event()
+        self._event.record(stream)
+        self._communicator = communicator
+
+    def wait(self) -> None:
+        """Make the current stream wait for the operation."""
+        self._event.wait()
+
+    def query(self) -> bool:
+        """Whether the operation has completed."""
+        return bool(self._event.query())
+
+    def synchronize(self) -> None:
+        """Block the calling thread until the operation has completed."""
+        self._event.synchronize()
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a handle keeps: the host's view of the routing, and the device memory that it describes."""
+
+    routing: Any
+    memory: torch.Tensor
+    fan: torch.Tensor | None
+    aligned_tokens: torch.Tensor | None
+
+
+class CudaBackend(Backend):
+    """See the module's text; made by :meth:`connect`."""
+
+    name = "cuda"
+    orders_streams = True
+
+    def __init__(
+        self,
+        context: BackendContext,
+        module: Any,
+        heap: Any,
+        communicator: Any,
+        *,
+        device: torch.device,
+        two_stage: bool,
+        ranks_on_device: int,
+    ) -> None:
+        self._c = context
+        self._module = module
+        self._heap = heap
+        self._communicator = communicator
+        self._device = device
+        self._comm_stream = torch.cuda.Stream(device=device, priority=-1)
+        self._two_stage = two_stage
+        self._ranks_on_device = ranks_on_device
+        self._device_sms = module.num_sms_of(device.index)
+        self._warned_of_copies = False
+        self._pid = os.getpid()
+
+    @classmethod
+    def connect(cls, context: BackendContext) -> CudaBackend:
+        """Make this rank's heap and map everyone's; succeeds on all ranks or on none.
+
+        Raises:
+            BackendUnavailable: No compiled part, no GPU, no room, or GPUs that can't map each other's memory.
+            ConfigError: More SMs are asked for than there are for the ranks that share a GPU.
+        """
+        config = context.config
+        module: Any = None
+        heap: Any = None
+        device = torch.device("cpu")
+        mine: dict[str, Any] = {"reason": None}
+        try:
+            if config.device_type != "cuda":
+                raise BackendUnavailable(f"it moves CUDA tensors, and the buffer is for {config.device_type!r}")
+            module = load_cuda()
+            device = torch.device(config.device or "cuda")
+            if device.index is None:
+                device = torch.device("cuda", torch.cuda.current_device())
+            torch.cuda.init()
+            plan = config.memory_plan(context.num_ranks)
+            with torch.cuda.device(device):
+                heap = module.Heap(
+                    device=device.index,
+                    num_ranks=context.num_ranks,
+                    num_experts=config.num_experts,
+                    pool_bytes=plan.pool,
+                    overflow_bytes=plan.overflow,
+                )
+                mine |= {
+                    "machine": machine_id(),
+                    "pid": os.getpid(),
+                    "device": module.device_uuid(device.index),
+                    "device_sms": module.num_sms_of(device.index),
+                    "num_sms": config.num_sms,
+                    "heap": heap.ipc_handle().hex() if context.num_ranks > 1 else "",
+                }
+        except Exception as error:  # Whatever it is, the other ranks must hear of it.
+            mine["reason"] = str(error)
+        everyone = exchange(context.group, context.num_ranks, mine, config.timeout_s, "the start of backend 'cuda'")
+        told = [f"rank {rank}: {m['reason']}" for rank, m in enumerate(everyone) if m["reason"] is not None]
+        if not told and len({m["machine"] for m in everyone}) > 1:
+            told.append("the ranks are on several machines")
+        if told:
+            raise BackendUnavailable(f"backend 'cuda' can't be used: {'; '.join(told)}")
+        devices = [m["device"] for m in everyone]
+        for m in everyone:
+            _check_sms(m["num_sms"], m["device_sms"], devices.count(m["device"]))
+        sharing = devices.count(mine["device"])
+        link_share = _LINK_SHARE if len(set(devices)) > 1 else 1.0
+        two_stage = config.expand == "two_stage" or (
+            config.expand == "auto"
+            and not direct_moves_fewer_bytes(context.num_ranks, config.num_topk, link_share)
+        )
+        reason, communicator = None, None
+        try:
+            with torch.cuda.device(device):
+                communicator = module.Communicator(
+                    heap,
+                    rank=context.rank,
+                    peers=[(m["pid"], bytes.fromhex(m["heap"])) for m in everyone],
+                    expert_to_rank=list(context.placement.expert_to_rank),
+                    alignment=config.expert_alignment,
+                    two_stage=two_stage,
+                    max_tokens=config.max_tokens_per_rank,
+                    timeout_s=float(config.timeout_s),
+                    default_sms=config.num_sms or default_num_sms(mine["device_sms"], sharing),
+                )
+        except Exception as error:
+            reason = str(error)
+        agree(context, reason, "backend 'cuda'")
+        if context.rank == 0 and sharing > 1 and not _has_mps():
+            logger.warning(
+                "moe_ep_plugin: %d ranks share a GPU without MPS, so they take turns and wait for each other; start "
+                "them with `python -m moe_ep_plugin.share_gpu --ranks N -- SCRIPT`",
+                sharing,
+            )
+        return cls(
+            context, module, heap, communicator, device=device, two_stage=two_stage, ranks_on_device=sharing
+        )
+
+    def dispatch(self, request: DispatchRequest) -> DispatchOutput:
+        """See :class:`Backend`."""
+        config, handle = self._c.config, request.handle
+        communicator = self._connected()
+        x = _aligned(request.x)
+        quantize = request.wire == "fp8" and request.scale is None
+        num_topk = handle.num_topk if handle is not None else request.topk_idx.shape[1]  # type: ignore[union-attr]
+        layout = request.layout
+        limit = request.max_recv_tokens
+        if handle is None and limit is None and torch.cuda.is_current_stream_capturing():
+            raise ConfigError.of(
+                "max_recv_tokens",
+                None,
+                "sizes can't come to the host while a CUDA graph is captured",
+                "pass max_recv_tokens, or a handle",
+            )
+        with self._running(request, x, request.scale, request.topk_idx, request.topk_weights) as (run, home):
+            state = self._new_state(x.shape[0], num_topk, limit, layout, run) if handle is None else handle.state
+            _use_on(run, home, state.memory, state.fan, state.aligned_tokens)
+            result = communicator.dispatch(
+                x=x.data_ptr(),
+                element=ELEMENT_CODES[x.dtype],
+                scales=address_of(request.scale),
+                num_tokens=x.shape[0],
+                hidden=config.hidden,
+                topk_idx=address_of(request.topk_idx) or 0,
+                topk=num_topk,
+                weights=address_of(request.topk_weights),
+                layout=LAYOUT_CODES[layout],
+                max_recv_rows=-1 if limit is None else limit,
+                quantize=quantize,
+                power_of_two=config.power_of_two_scales,
+                routing=state.routing,
+                routing_memory=state.memory.data_ptr(),
+                tokens_per_expert=address_of(state.aligned_tokens) or 0,
+                num_sms=self._sms(request.num_sms),
+                stream=run.cuda_stream,
+                home=home.cuda_stream,
+            )
+            fresh = handle is None
+            if handle is None:
+                state = _State(result.routing, state.memory, state.fan, state.aligned_tokens)
+                if state.fan is not None:
+                    result.routing.set_fan(state.fan.data_ptr())
+                handle = self._make_handle(request, state, num_topk)
+            if result.routing.sent_rows > 0:
+                self._c.stats.bytes_to_peers += result.routing.sent_rows * result.bytes_per_row
+            has_scale = quantize or request.scale is not None
+            if state.fan is None:
+                block, offsets = self._received(result, run, home), result.offsets
+            else:
+                offsets = communicator.expanded_offsets(result)
+                block = self._expand(request, result, state, offsets[-1], fresh, has_scale, x.dtype, run, home)
+            event = GpuEvent(run, communicator)
+        rows, has_weights = handle.num_rows, request.topk_weights is not None
+        _, scales_at, weights_at, indices_at, _ = offsets
+        weights_shape = (rows,) if layout == "expert" else (rows, num_topk)
+        scales_shape = (rows, num_scales(config.hidden))
+        indices = _tensor(block, indices_at, torch.int64, (rows, num_topk)) if layout == "rank" else None
+        if result.data == 0 and indices is not None:
+            indices.fill_(-1)
+        return DispatchOutput(
+            x=_tensor(block, 0, FP8_DTYPE if has_scale else x.dtype, (rows, config.hidden)),
+            scale=_tensor(block, scales_at, torch.float32, scales_shape) if has_scale else None,
+            topk_idx=indices,
+            topk_weights=_tensor(block, weights_at, torch.float32, weights_shape) if has_weights else None,
+            tokens_per_expert=self._tokens_per_expert(handle),
+            handle=handle,
+            event=event,
+        )
+
+    def combine(self, request: CombineRequest) -> CombineOutput:
+        """See :class:`Backend`."""
+        handle, state = request.handle, request.handle.state
+        communicator = self._connected()
+        rows = _aligned(request.rows)
+        out = torch.empty(handle.num_tokens, self._c.config.hidden, dtype=rows.dtype, device=self._device)
+        values = None
+        if request.row_values is not None:
+            values = torch.empty(handle.num_tokens, handle.num_topk, device=self._device)
+        with self._running(request, rows, request.row_weights, request.row_values, out, values) as (run, home):
+            _use_on(run, home, state.memory, state.fan)
+            result = communicator.combine(
+                rows=rows.data_ptr(),
+                element=ELEMENT_CODES[rows.dtype],
+                hidden=self._c.config.hidden,
+                routing=state.routing,
+                weights=address_of(request.row_weights),
+                values=address_of(request.row_values),
+                out=out.data_ptr(),
+                values_out=address_of(values) or 0,
+                num_sms=self._sms(request.num_sms),
+                stream=run.cuda_stream,
+                home=home.cuda_stream,
+            )
+            event = GpuEvent(run, communicator)
+        self._c.stats.bytes_to_peers += result.bytes_to_peers
+        self._c.stats.staged += result.staged
+        return CombineOutput(x=out, row_values=values, event=event)
+
+    def empty_rows(self, handle: DispatchHandle, dtype: torch.dtype) -> torch.Tensor:
+        """A lease of the heap, or ordinary memory where the pool is used up."""
+        shape = (handle.num_rows, self._c.config.hidden)
+        stream = torch.cuda.current_stream(self._device)
+        block = self._connected().lease(
+            max(1, math.prod(shape) * dtype.itemsize), stream=stream.cuda_stream, home=stream.cuda_stream
+        )
+        if block is None:
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        return _tensor(_leased(block), 0, dtype, shape)
+
+    def check(self) -> None:
+        """See :class:`Backend`."""
+        self._connected().check()
+
+    def abandon(self, reason: str) -> None:
+        """See :class:`Backend`."""
+        self._depart(_FAILED, reason)
+
+    def close(self) -> None:
+        """See :class:`Backend`. What is queued is finished; the heap itself lives on while leased tensors do."""
+        self._depart(_CLOSED, "")
+        self._communicator = self._heap = None
+
+    @property
+    def communicator(self) -> Any:
+        """The compiled communicator, for benchmarks that try other pipelines."""
+        return self._connected()
+
+    def _connected(self) -> Any:
+        communicator = self._communicator
+        if communicator is None:
+            raise StateError("the EpBuffer was closed while an operation was in flight")
+        if os.getpid() != self._pid:
+            raise StateError(
+                f"the EpBuffer belongs to process {self._pid}, and this is process {os.getpid()}, forked from it; "
+                "make a buffer in this process"
+            )
+        return communicator
+
+    def _depart(self, state: int, reason: str) -> None:
+        communicator = self._communicator
+        if communicator is not None and os.getpid() == self._pid:
+            communicator.depart(state, reason)
+
+    def _sms(self, asked: int | None) -> int:
+        if asked is None:
+            return 0
+        _check_sms(asked, self._device_sms, self._ranks_on_device)
+        return asked
+
+    @contextmanager
+    def _running(
+        self, request: DispatchRequest | CombineRequest, *tensors: torch.Tensor | None
+    ) -> Iterator[tuple[torch.cuda.Stream, torch.cuda.Stream]]:
+        """The stream that the operation runs on, ordered after what it needs, and the one that its results are for."""
+        home = torch.cuda.current_stream(self._device)
+        run = self._comm_stream if request.async_op else home
+        if request.previous_event is not None:
+            with torch.cuda.stream(run):
+                request.previous_event.wait()
+        elif run != home:
+            run.wait_stream(home)
+        _use_on(run, home, *tensors)
+        yield run, home
+
+    def _new_state(
+        self, num_tokens: int, num_topk: int, limit: int | None, layout: str, run: torch.cuda.Stream
+    ) -> _State:
+        """Device memory for a new routing, not yet filled."""
+        communicator = self._connected()
+        memory = self._bytes(communicator.routing_bytes(num_tokens, num_topk))
+        fan = None
+        if layout == "expert" and self._two_stage:
+            most = self._c.num_ranks * self._c.config.max_tokens_per_rank * num_topk
+            fan = self._bytes(most * self._module.fan_bytes)
+        tokens = None
+        if limit is not None:
+            tokens = torch.empty(self._num_local_experts, dtype=torch.int64, device=self._device)
+        return _State(None, memory, fan, tokens)
+
+    def _bytes(self, count: int) -> torch.Tensor:
+        return torch.empty(max(1, count), dtype=torch.uint8, device=self._device)
+
+    @property
+    def _num_local_experts(self) -> int:
+        return len(self._c.placement.experts_of_rank[self._c.rank])
+
+    def _received(self, result: Any, run: torch.cuda.Stream, home: torch.cuda.Stream) -> torch.Tensor:
+        """The received block as bytes: the lease itself, or a copy where the pool is used up."""
+        total = result.offsets[-1]
+        if result.block is not None:
+            return _leased(result.block)
+        if total > 0:
+            self._note_copy_out()
+        copy = self._bytes(total)
+        _use_on(run, home, copy)
+        if result.data == 0:
+            with torch.cuda.stream(run):
+                copy.zero_()
+        elif total > 0:
+            self._connected().copy(copy.data_ptr(), result.data, total, run.cuda_stream)
+        return copy
+
+    def _expand(
+        self,
+        request: DispatchRequest,
+        result: Any,
+        state: _State,
+        total: int,
+        fresh: bool,
+        has_scale: bool,
+        dtype: torch.dtype,
+        run: torch.cuda.Stream,
+        home: torch.cuda.Stream,
+    ) -> torch.Tensor:
+        """Stage two: the block of the rows returned, as bytes."""
+        communicator = self._connected()
+        lease = communicator.lease(max(1, total), stream=run.cuda_stream, home=home.cuda_stream)
+        if lease is None:
+            self._note_copy_out()
+            block = self._bytes(total)
+            _use_on(run, home, block)
+        else:
+            block = _leased(lease)
+        if result.data == 0:
+            with torch.cuda.stream(run):
+                block.zero_()
+            return block
+        ids = self._bytes(state.fan.numel() // 2 if fresh else 1)  # type: ignore[union-attr]
+        _use_on(run, home, ids)
+        communicator.expand(
+            staged=result,
+            element=ELEMENT_CODES[FP8_DTYPE if has_scale else dtype],
+            hidden=self._c.config.hidden,
+            fresh=fresh,
+            ids=ids.data_ptr(),
+            block=block.data_ptr(),
+            num_sms=self._sms(request.num_sms),
+            stream=run.cuda_stream,
+        )
+        return block
+
+    def _make_handle(self, request: DispatchRequest, state: _State, num_topk: int) -> DispatchHandle:
+        routing, limit = state.routing, request.max_recv_tokens
+        if limit is None:
+            tokens = torch.tensor(routing.tokens_per_local_expert, dtype=torch.int64)
+        else:
+            first = self._module.routing_header_bytes
+            tokens = state.memory[first : first + 8 * self._num_local_experts].view(torch.int64)
+        return DispatchHandle(
+            layout=request.layout,
+            num_tokens=request.x.shape[0],
+            num_topk=num_topk,
+            num_rows=routing.num_rows,
+            num_received=routing.num_received if limit is None else None,
+            tokens_per_expert=tokens,
+            max_recv_tokens=limit,
+            buffer_id=self._c.buffer_id,
+            state=state,
+        )
+
+    def _tokens_per_expert(self, handle: DispatchHandle) -> torch.Tensor:
+        aligned: torch.Tensor | None = handle.state.aligned_tokens
+        if aligned is not None:
+            return aligned
+        if handle.layout == "rank":
+            return handle.tokens_per_expert.clone()
+        alignment = self._c.config.expert_alignment
+        return (handle.tokens_per_expert + alignment - 1) // alignment * alignment
+
+    def _note_copy_out(self) -> None:
+        self._c.stats.copied_out += 1
+        if not self._warned_of_copies:
+            self._warned_of_copies = True
+            logger.warning(
+                "moe_ep_plugin: rank %d: the pool of %d bytes is used up by leased rows; received rows are copied out "
+                "of the heap from now on, which is slower. Raise EpConfig.pool_bytes (Megatron: --moe-ep-pool-bytes).",
+                self._c.rank,
+                self._c.config.memory_plan(self._c.num_ranks).pool,
+            )
+
+
+def _check_sms(num_sms: int | None, device_sms: int, ranks_on_device: int) -> None:
+    """Ranks on one GPU wait for each other, so all their blocks must find room on it at the same time."""
+    if num_sms is not None and num_sms * ranks_on_device > device_sms:
+        raise ConfigError.of(
+            "num_sms",
+            num_sms,
+            f"{ranks_on_device} ranks share a GPU of {device_sms} SMs",
+            f"use at most {device_sms // ranks_on_device}",
+        )
+
+
+def _has_mps() -> bool:
+    folder = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")
+    return os.path.exists(os.path.join(folder, "control"))
+
+
+def _aligned(rows: torch.Tensor) -> torch.Tensor:
+    """``rows``, or a copy where a view starts between two vectors of 16 bytes."""
+    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
+
+
+def _use_on(run: torch.cuda.Stream, home: torch.cuda.Stream, *tensors: torch.Tensor | None) -> None:
+    """Keep torch from handing the memory of ``tensors`` out again before ``run`` is done with it."""
+    if run == home:
+        return
+    for tensor in tensors:
+        if tensor is not None:
+            tensor.record_stream(run)
+
+
+def _leased(block: Any) -> torch.Tensor:
+    """A lease as uint8 tensor that gives it back when its storage dies."""
+    tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(block.dlpack())
+    return tensor
+
+
+def _tensor(block: torch.Tensor, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor over part of a block, which it keeps alive. Not a view, so autograd may modify it in place."""
+    if math.prod(shape) == 0:
+        return torch.empty(shape, dtype=dtype, device=block.device)
+    strides = torch.empty(shape, device="meta").stride()
+    start = block.storage_offset() + offset
+    return torch.empty(0, dtype=dtype, device=block.device).set_(
+        block.untyped_storage(), start // dtype.itemsize, shape, strides
+    )
