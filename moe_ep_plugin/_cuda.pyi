@@ -131,6 +131,7 @@ class Communicator:
         chunk_bytes: int = 0,
         reduce_warps: int = 0,
         reduce_stages: int = 0,
+        reduce_chunk: int = 0,
     ) -> None: ...
 
 def device_uuid(device: int) -> str: ...

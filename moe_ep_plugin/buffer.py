@@ -7,8 +7,6 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, overload
 
@@ -145,7 +143,7 @@ class EpBuffer:
                 async_op=async_op,
                 previous_event=previous_event,
             )
-            with self._collective():
+            with _Collective(self):
                 if previous_event is not None and not self._backend.orders_streams:
                     previous_event.wait()
                 out = self._backend.dispatch(request)
@@ -250,7 +248,7 @@ class EpBuffer:
                 async_op=async_op,
                 previous_event=previous_event,
             )
-            with self._collective():
+            with _Collective(self):
                 if previous_event is not None and not self._backend.orders_streams:
                     previous_event.wait()
                 out = self._backend.combine(request)
@@ -281,7 +279,7 @@ class EpBuffer:
             CapacityError: Rows of a dispatch did not fit ``max_recv_tokens``; they were dropped on all ranks.
             PeerTimeout, PeerLost, PeerMismatch: As :meth:`dispatch`.
         """
-        with self._operation("check"), self._collective():
+        with self._operation("check"), _Collective(self):
             self._backend.check()
 
     def close(self) -> None:
@@ -305,28 +303,45 @@ class EpBuffer:
                 f"{what} was called on an EpBuffer that has failed ({self._failure}); close it and make a new one"
             )
 
-    @contextmanager
-    def _operation(self, what: str) -> Iterator[None]:
-        self._check_open(what)
-        if not self._lock.acquire(blocking=False):
+    def _operation(self, what: str) -> _Operation:
+        return _Operation(self, what)
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = f"{type(error).__name__}: {error}"
+        self._backend.abandon(self._failure)
+
+
+class _Operation:
+    """One operation on a buffer that is open and in no other one. A class, as it is entered at every call."""
+
+    def __init__(self, buffer: EpBuffer, what: str) -> None:
+        self._buffer = buffer
+        self._what = what
+
+    def __enter__(self) -> None:
+        buffer = self._buffer
+        buffer._check_open(self._what)
+        if not buffer._lock.acquire(blocking=False):
             raise StateError(
-                f"{what} was called while another operation of this EpBuffer is in flight; "
+                f"{self._what} was called while another operation of this EpBuffer is in flight; "
                 "wait for it, or use one buffer per thread"
             )
-        try:
-            yield
-        finally:
-            self._lock.release()
 
-    @contextmanager
-    def _collective(self) -> Iterator[None]:
-        """The part of an operation that other ranks see: an error in it may leave ranks in different places."""
-        try:
-            yield
-        except (ConfigError, CapacityError):
-            # Nothing was begun, or all ranks gave the operation up together.
-            raise
-        except BaseException as error:
-            self._failure = f"{type(error).__name__}: {error}"
-            self._backend.abandon(self._failure)
-            raise
+    def __exit__(self, *exc: object) -> None:
+        self._buffer._lock.release()
+
+
+class _Collective:
+    """The part of an operation that other ranks see: an error in it may leave ranks in different places."""
+
+    def __init__(self, buffer: EpBuffer) -> None:
+        self._buffer = buffer
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # After these nothing was begun, or all ranks gave the operation up together.
+        if error is not None and not isinstance(error, (ConfigError, CapacityError)):
+            self._buffer._fail(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, get_args
 
 import torch
@@ -146,7 +147,7 @@ class EpConfig:
             f"pad hidden to a multiple of {ROW_ALIGNMENT_BYTES // dtype.itemsize}",
         )
 
-    @property
+    @cached_property
     def device_type(self) -> str:
         """``"cpu"`` or ``"cuda"``, chosen by what the machine has where ``device`` is None."""
         if self.device is not None:

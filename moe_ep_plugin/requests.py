@@ -25,6 +25,7 @@ class RequestChecker:
     def __init__(self, config: EpConfig, buffer_id: int) -> None:
         self.config = config
         self._id = buffer_id
+        self._device_type = config.device_type
 
     def check_handle(self, handle: DispatchHandle) -> None:
         """Raise ConfigError unless ``handle`` is one of this buffer's."""
@@ -53,22 +54,23 @@ class RequestChecker:
     ) -> torch.Tensor:
         if not isinstance(tensor, torch.Tensor):
             raise ConfigError.of(name, type(tensor).__name__, "a tensor is needed", "pass a torch.Tensor")
-        if tensor.device.type != self.config.device_type:
+        if tensor.device.type != self._device_type:
             raise ConfigError.of(
                 f"{name}.device",
                 tensor.device,
-                f"the buffer works on {self.config.device_type!r}",
+                f"the buffer works on {self._device_type!r}",
                 "move the tensor, or set EpConfig(device=...)",
             )
-        fits = tensor.dim() == len(shape) and all(
-            want in (None, have) for want, have in zip(shape, tensor.shape, strict=True)
-        )
-        if not fits:
+        have = tensor.shape
+        if len(have) != len(shape) or any(w is not None and w != h for w, h in zip(shape, have, strict=True)):
             wanted = "[" + ", ".join("any" if s is None else str(s) for s in shape) + "]"
             raise ConfigError.of(f"{name}.shape", list(tensor.shape), f"{wanted} is needed", "reshape it")
         if dtype is not None and tensor.dtype != dtype:
             raise ConfigError.of(f"{name}.dtype", tensor.dtype, f"{dtype} is needed", f"use {name}.to({dtype})")
-        return tensor.detach().contiguous()
+        if tensor.requires_grad:
+            tensor = tensor.detach()
+        contiguous: torch.Tensor = tensor.contiguous()
+        return contiguous
 
     def dispatch_request(
         self,

@@ -9,6 +9,7 @@ this one is to be found also without.)
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pty
@@ -279,7 +280,9 @@ def test_killed_guard_is_replaced_by_the_launcher(fakes):
 
 def test_signal_before_the_command_starts_ends_all(fakes):
     fakes.env["FAKE_MPS"] = "slow"
-    with fakes.start(*python("print('ran')")) as launcher:
+    # The command would inherit that the signal is ignored, and run.
+    ignoring = functools.partial(signal.signal, signal.SIGTERM, signal.SIG_IGN)
+    with fakes.start("sh", "-c", "echo ran", preexec_fn=ignoring) as launcher:
         guards = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
         assert eventually(lambda: b"--as-guard" in b"".join(map(command_line, guards.read_text().split())))
         launcher.send_signal(signal.SIGTERM)
@@ -359,13 +362,14 @@ def test_running_mps_is_used_and_left_running(fakes):
 
 def test_ranks_run_under_torchrun(fakes):
     script = fakes.folder / "script.py"
-    script.write_text(
-        "import os, sys\nprint(os.environ['RANK'], os.environ['WORLD_SIZE'], *sys.argv[1:], flush=True)\n"
-    )
+    # One write a rank: print makes several where Python is unbuffered.
+    script.write_text("""import os, sys
+os.write(1, " ".join([os.environ["RANK"], os.environ["WORLD_SIZE"], *sys.argv[1:], chr(10)]).encode())
+""")
     command = [sys.executable, "-m", "moe_ep_plugin.share_gpu", "--ranks", "3", "--", str(script), "--flag", "--", "x"]
     result = subprocess.run(command, env=fakes.env, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
-    assert sorted(result.stdout.splitlines()) == [f"{rank} 3 --flag -- x" for rank in range(3)]
+    assert sorted(result.stdout.splitlines()) == [f"{rank} 3 --flag -- x " for rank in range(3)]
     fakes.assert_stopped()
 
 

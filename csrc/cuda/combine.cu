@@ -72,7 +72,7 @@ __device__ void gather_values(const CombineParams& params, const float* const* v
   }
 }
 
-template <class T>
+template <class R>
 __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_constant__ CombineParams params) {
   extern __shared__ __align__(128) std::uint8_t memory[];
   __shared__ Verdict verdict;
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_const
                         shared.rows,
                         params.weights_at_rows ? shared.weights : nullptr,
                         params.out};
-    reduce_rows<T>(job, params.pipeline, ReduceRing{shared.stages, shared.barriers});
+    reduce_rows<R>(job, params.pipeline, ReduceRing{shared.stages, shared.barriers});
   }
   // The caller may write its rows again once every peer has read them.
   if (is_last_block(&group.state->blocks[1])) {
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_const
   }
 }
 
-template <class T>
+template <class R>
 __global__ void __launch_bounds__(kThreads, 1) reduce_kernel(const __grid_constant__ ReduceParams params) {
   extern __shared__ __align__(128) std::uint8_t memory[];
   const CombineShared shared(memory, 1, params.pipeline);
@@ -146,54 +146,73 @@ __global__ void __launch_bounds__(kThreads, 1) reduce_kernel(const __grid_consta
       }
     }
   }
-  reduce_rows<T>(job, params.pipeline, ReduceRing{shared.stages, shared.barriers});
+  reduce_rows<R>(job, params.pipeline, ReduceRing{shared.stages, shared.barriers});
 }
 
-template <class T>
-cudaError_t prepare(std::size_t most_shared_bytes) {
-  const int bytes = static_cast<int>(most_shared_bytes);
-  const cudaError_t error =
-      cudaFuncSetAttribute(combine_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
-  return cudaFuncSetAttribute(reduce_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+// Calls `visit` with the Reduction that fits. Wide chunks of few rows keep as many bytes in flight.
+template <class Visit>
+cudaError_t visit_reduction(Element element, bool plain, int chunk_bytes, Visit&& visit) {
+  const auto with_element = [&](auto tag) -> cudaError_t {
+    using T = decltype(tag);
+    if (plain && chunk_bytes == kWideReduceChunk) return visit(Reduction<T, kWideReduceChunk / 512, true>{});
+    if (plain && chunk_bytes == kReduceChunk) return visit(Reduction<T, kReduceChunk / 512, true>{});
+    if (!plain && chunk_bytes == kReduceChunk) return visit(Reduction<T, kReduceChunk / 512, false>{});
+    return cudaErrorInvalidValue;
+  };
+  switch (element) {
+    case Element::kFloat32: return with_element(Float32{});
+    case Element::kBFloat16: return with_element(BFloat16{});
+    case Element::kFloat16: return with_element(Float16{});
+    case Element::kFloat8: break;
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
 
 std::size_t combine_shared_bytes(const Pipeline& pipeline, int num_ranks, int most_entries) {
-  const std::size_t ring = pipeline.use_bulk ? static_cast<std::size_t>(pipeline.warps) * pipeline.stages *
-                                                   most_entries * kReduceChunk
-                                             : 0;
+  const std::size_t stage = static_cast<std::size_t>(most_entries) * pipeline.chunk_bytes;
+  const std::size_t ring =
+      pipeline.use_bulk ? static_cast<std::size_t>(pipeline.warps) * pipeline.stages * stage : 0;
   return CombineShared::fixed_bytes(num_ranks, pipeline) + ring;
 }
 
 cudaError_t prepare_combine(std::size_t most_shared_bytes) {
-  cudaError_t error = prepare<Float32>(most_shared_bytes);
-  if (error == cudaSuccess) error = prepare<BFloat16>(most_shared_bytes);
-  if (error == cudaSuccess) error = prepare<Float16>(most_shared_bytes);
-  return error;
+  const int bytes = static_cast<int>(most_shared_bytes);
+  for (const Element element : {Element::kFloat32, Element::kBFloat16, Element::kFloat16}) {
+    for (const bool plain : {false, true}) {
+      for (const int chunk : {kReduceChunk, kWideReduceChunk}) {
+        if (!plain && chunk == kWideReduceChunk) continue;
+        const cudaError_t error = visit_reduction(element, plain, chunk, [&](auto reduction) {
+          using R = decltype(reduction);
+          const cudaError_t first =
+              cudaFuncSetAttribute(combine_kernel<R>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+          if (first != cudaSuccess) return first;
+          return cudaFuncSetAttribute(reduce_kernel<R>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        });
+        if (error != cudaSuccess) return error;
+      }
+    }
+  }
+  return cudaSuccess;
 }
 
 cudaError_t launch_combine(const CombineParams& params, int blocks, cudaStream_t stream) {
   const std::size_t shared = combine_shared_bytes(params.pipeline, params.group.num_ranks, params.most_entries);
-  switch (params.element) {
-    case Element::kFloat32: combine_kernel<Float32><<<blocks, kThreads, shared, stream>>>(params); break;
-    case Element::kBFloat16: combine_kernel<BFloat16><<<blocks, kThreads, shared, stream>>>(params); break;
-    case Element::kFloat16: combine_kernel<Float16><<<blocks, kThreads, shared, stream>>>(params); break;
-    case Element::kFloat8: return cudaErrorInvalidValue;
-  }
-  return cudaGetLastError();
+  const bool plain = params.deduplicated && !params.weights_at_rows;
+  return visit_reduction(params.element, plain, params.pipeline.chunk_bytes, [&](auto reduction) {
+    combine_kernel<decltype(reduction)><<<blocks, kThreads, shared, stream>>>(params);
+    return cudaGetLastError();
+  });
 }
 
 cudaError_t launch_reduce(const ReduceParams& params, int blocks, cudaStream_t stream) {
   const std::size_t shared = combine_shared_bytes(params.pipeline, 1, params.topk);
-  switch (params.element) {
-    case Element::kFloat32: reduce_kernel<Float32><<<blocks, kThreads, shared, stream>>>(params); break;
-    case Element::kBFloat16: reduce_kernel<BFloat16><<<blocks, kThreads, shared, stream>>>(params); break;
-    case Element::kFloat16: reduce_kernel<Float16><<<blocks, kThreads, shared, stream>>>(params); break;
-    case Element::kFloat8: return cudaErrorInvalidValue;
-  }
-  return cudaGetLastError();
+  const bool plain = params.weights == nullptr;
+  return visit_reduction(params.element, plain, params.pipeline.chunk_bytes, [&](auto reduction) {
+    reduce_kernel<decltype(reduction)><<<blocks, kThreads, shared, stream>>>(params);
+    return cudaGetLastError();
+  });
 }
 
 }  // namespace gpu

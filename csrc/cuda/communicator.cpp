@@ -15,6 +15,7 @@ namespace {
 // What kernels declare as static shared memory, rounded up.
 constexpr std::size_t kStaticSharedBytes = 512;
 constexpr int kMostStages = 8;
+constexpr int kFewEntries = 4;
 
 std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 
@@ -205,20 +206,22 @@ Pipeline Communicator::send_pipeline(const RowSource& source, const RowSizes& si
   return pipeline;
 }
 
-// Eight warps do best; fewer only where a stage of many rows leaves them less than three stages each.
-Pipeline Communicator::reduce_pipeline(std::int64_t row_bytes, int num_sources, int most_entries) const {
+// As many warps as have three stages each, or two with few warps; wide chunks where a token has few rows.
+Pipeline Communicator::reduce_pipeline(std::int64_t row_bytes, int num_sources, int most_entries, bool plain) const {
   Pipeline pipeline{};
   pipeline.use_bulk = has_bulk_ && row_bytes % 16 == 0;
-  pipeline.chunk_bytes = kReduceChunk;
+  pipeline.chunk_bytes = plain && most_entries <= kFewEntries ? kWideReduceChunk : kReduceChunk;
+  if (tuned_reduce_.chunk_bytes > 0) pipeline.chunk_bytes = tuned_reduce_.chunk_bytes;
   const std::size_t room = most_shared_bytes_ - align_up(at(num_sources) * 24, 128) - 256;
-  const std::size_t stage = at(most_entries) * kReduceChunk + sizeof(std::uint64_t);
-  for (int warps = 8; warps >= 1; --warps) {
+  const std::size_t stage = at(most_entries) * at(pipeline.chunk_bytes) + sizeof(std::uint64_t);
+  const int most_warps = tuned_reduce_.warps > 0 ? tuned_reduce_.warps : 12;
+  for (int warps = most_warps; warps >= 1; --warps) {
     pipeline.warps = warps;
     pipeline.stages = static_cast<std::int32_t>(std::min<std::size_t>(kMostStages, room / (stage * at(warps))));
-    if (pipeline.stages >= 3) break;
+    const int wanted = tuned_reduce_.stages > 0 ? tuned_reduce_.stages : 2;
+    if (tuned_reduce_.stages > 0) pipeline.stages = std::min(pipeline.stages, wanted);
+    if (pipeline.stages >= wanted) break;
   }
-  if (tuned_reduce_.warps > 0) pipeline.warps = tuned_reduce_.warps;
-  if (tuned_reduce_.stages > 0) pipeline.stages = tuned_reduce_.stages;
   return pipeline;
 }
 

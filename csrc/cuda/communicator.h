@@ -158,7 +158,7 @@ class Communicator {
   int num_ranks() const { return static_cast<int>(bases_.size()); }
   int blocks_for(int num_sms, std::int64_t items, int warps) const;
   Pipeline send_pipeline(const RowSource& source, const RowSizes& sizes, int num_destinations) const;
-  Pipeline reduce_pipeline(std::int64_t row_bytes, int num_sources, int most_entries) const;
+  Pipeline reduce_pipeline(std::int64_t row_bytes, int num_sources, int most_entries, bool plain) const;
   int count_warps(int bins) const;
   void queue_behind(cudaStream_t stream);
 

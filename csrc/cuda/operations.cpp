@@ -190,7 +190,8 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
   float* values = reinterpret_cast<float*>(block + arrays.indices);
   if (room.bytes >= 0 && reduces_first) {
     ReduceParams params{};
-    params.pipeline = reduce_pipeline(static_cast<std::int64_t>(row_bytes), 1, static_cast<int>(routing.topk));
+    params.pipeline = reduce_pipeline(static_cast<std::int64_t>(row_bytes), 1, static_cast<int>(routing.topk),
+                                      !arguments.has_weights);
     params.fan = routing.fan;
     params.received_rows = &routing.view.header->received_rows;
     params.topk = static_cast<std::int32_t>(routing.topk);
@@ -202,7 +203,7 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
     params.out = block + arrays.rows;
     params.values_out = values;
     const std::int64_t items =
-        static_cast<std::int64_t>(shared_rows) * chunks_of(static_cast<std::int64_t>(row_bytes), kReduceChunk);
+        static_cast<std::int64_t>(shared_rows) * chunks_of(static_cast<std::int64_t>(row_bytes), params.pipeline.chunk_bytes);
     MOE_EP_CUDA_CHECK(launch_reduce(params, blocks_for(arguments.num_sms, items, params.pipeline.warps),
                                     arguments.streams.run));
   } else if (room.bytes >= 0 && shared_rows > 0) {
@@ -220,7 +221,8 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
   params.group = group_;
   params.most_entries =
       static_cast<std::int32_t>(routing.deduplicated() ? std::min<std::int64_t>(routing.topk, num_ranks()) : routing.topk);
-  params.pipeline = reduce_pipeline(static_cast<std::int64_t>(row_bytes), num_ranks(), params.most_entries);
+  params.pipeline = reduce_pipeline(static_cast<std::int64_t>(row_bytes), num_ranks(), params.most_entries,
+                                    routing.deduplicated() && !shares_weights);
   params.routing = routing.view;
   params.num_tokens = routing.num_tokens;
   params.topk = static_cast<std::int32_t>(routing.topk);
@@ -238,7 +240,7 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
   params.out = arguments.out;
   params.values_out = arguments.values_out;
   const std::int64_t items =
-      routing.num_tokens * chunks_of(static_cast<std::int64_t>(row_bytes), kReduceChunk);
+      routing.num_tokens * chunks_of(static_cast<std::int64_t>(row_bytes), params.pipeline.chunk_bytes);
   MOE_EP_CUDA_CHECK(
       launch_combine(params, blocks_for(arguments.num_sms, items, params.pipeline.warps), arguments.streams.run));
 

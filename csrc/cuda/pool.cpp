@@ -23,10 +23,18 @@ std::uint64_t capture_of(cudaStream_t stream) {
   return status == cudaStreamCaptureStatusNone ? 0 : id;
 }
 
+namespace {
+
+// Peers map an allocation of whole large pages with large pages, any other one with small pages, whose address
+// translation then costs more than the copies (half the bandwidth with 8 ranks on one GPU).
+constexpr std::size_t kPageBytes = std::size_t{2} << 20;
+
+}  // namespace
+
 Pool::Pool(int device, const HeapLayout& layout) : device_(device), layout_(layout) {
   MOE_EP_CUDA_CHECK(cudaSetDevice(device));
   void* memory = nullptr;
-  const cudaError_t error = cudaMalloc(&memory, layout.total_bytes());
+  const cudaError_t error = cudaMalloc(&memory, align_up(layout.total_bytes(), kPageBytes));
   if (error != cudaSuccess) {
     cudaGetLastError();
     std::size_t available = 0, total = 0;

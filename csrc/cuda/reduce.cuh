@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cuda/elements.cuh"
+#include "cuda/items.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/state.h"
 
@@ -18,160 +19,195 @@ struct ReduceJob {
   std::int32_t topk;
   std::int32_t most_entries;
   std::int32_t hidden;
-  const std::uint8_t* const* rows;   // [num_ranks], in shared memory
-  const float* const* weights;       // [num_ranks], in shared memory; null: all are 1
-  std::uint8_t* out;                 // [num_tokens, hidden]
+  const std::uint8_t* const* rows;  // [num_ranks], in shared memory
+  const float* const* weights;      // [num_ranks], in shared memory; unused where sums are plain
+  std::uint8_t* out;                // [num_tokens, hidden]
 };
 
 struct ReduceRing {
-  std::uint8_t* stages;     // [warps][stages][most_entries][kReduceChunk]
+  std::uint8_t* stages;     // [warps][stages][most_entries][chunk]
   std::uint64_t* barriers;  // [warps][stages]
 };
 
-// The running sum of 2 vectors a lane.
-template <class T>
-struct Sums {
-  static constexpr int kVectors = kReduceChunk / 512;
-  float total[kVectors][T::kPerVector];
-  float partial[kVectors][T::kPerVector];
+// How rows are summed: what the compiler is to know.
+template <class ElementType, int kVectorsALane, bool kIsPlain>
+struct Reduction {
+  using Element = ElementType;
+  static constexpr int kVectors = kVectorsALane;      // of 16 bytes that a lane sums at a time
+  static constexpr int kChunk = kVectors * 32 * 16;   // bytes of a row
+  // No weights, and rows of one rank or one row a rank: adding up is all there is, with the same bits.
+  static constexpr bool kPlain = kIsPlain;
+};
 
-  __device__ Sums() {
+// The running sums of a lane.
+template <class R>
+struct Sums {
+  using T = typename R::Element;
+  float total[R::kVectors][T::kPerVector] = {};
+  float partial[R::kPlain ? 1 : R::kVectors][T::kPerVector] = {};
+
+  __device__ void add_plain(int v, const uint4& vector) {
+    float values[T::kPerVector];
+    T::unpack(vector, values);
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-      for (int i = 0; i < T::kPerVector; ++i) total[v][i] = partial[v][i] = 0.0f;
-    }
+    for (int i = 0; i < T::kPerVector; ++i) total[v][i] = __fadd_rn(total[v][i], values[i]);
   }
-  __device__ void add(int v, const uint4& vector, float weight, bool starts_rank) {
+  __device__ void start_rank(int v, const uint4& vector, float weight) {
     float values[T::kPerVector];
     T::unpack(vector, values);
 #pragma unroll
     for (int i = 0; i < T::kPerVector; ++i) {
-      const float product = __fmul_rn(values[i], weight);
-      if (starts_rank) total[v][i] = __fadd_rn(total[v][i], partial[v][i]);
-      partial[v][i] = starts_rank ? product : __fadd_rn(partial[v][i], product);
+      total[v][i] = __fadd_rn(total[v][i], partial[v][i]);
+      partial[v][i] = __fmul_rn(values[i], weight);
+    }
+  }
+  __device__ void add(int v, const uint4& vector, float weight) {
+    float values[T::kPerVector];
+    T::unpack(vector, values);
+#pragma unroll
+    for (int i = 0; i < T::kPerVector; ++i) {
+      partial[v][i] = __fadd_rn(partial[v][i], __fmul_rn(values[i], weight));
     }
   }
   __device__ uint4 result(int v) const {
-    float values[T::kPerVector];
+    if constexpr (R::kPlain) {
+      return T::pack(total[v]);
+    } else {
+      float values[T::kPerVector];
 #pragma unroll
-    for (int i = 0; i < T::kPerVector; ++i) values[i] = __fadd_rn(total[v][i], partial[v][i]);
-    return T::pack(values);
+      for (int i = 0; i < T::kPerVector; ++i) values[i] = __fadd_rn(total[v][i], partial[v][i]);
+      return T::pack(values);
+    }
   }
 };
 
-// Items of one warp: (token, chunk), spread over all warps of the grid so that the grid walks tokens in order.
-struct ReduceItems {
-  std::int64_t first;
-  std::int64_t step;
-  std::int64_t count;  // of this warp
-  int chunks;
-  int row_bytes;
-
-  __device__ ReduceItems(const ReduceJob& job, int element_size, int warps) {
-    row_bytes = job.hidden * element_size;
-    chunks = (row_bytes + kReduceChunk - 1) / kReduceChunk;
-    first = static_cast<std::int64_t>(blockIdx.x) * warps + threadIdx.x / 32;
-    step = static_cast<std::int64_t>(gridDim.x) * warps;
-    const std::int64_t all = job.num_tokens * chunks;
-    count = first < all ? (all - first + step - 1) / step : 0;
-  }
-  __device__ std::int64_t token(std::int64_t i) const { return (first + i * step) / chunks; }
-  __device__ int chunk(std::int64_t i) const { return static_cast<int>((first + i * step) % chunks); }
-  __device__ int bytes(int chunk) const {
-    const int left = row_bytes - chunk * kReduceChunk;
-    return left < kReduceChunk ? left : kReduceChunk;
-  }
-};
-
-__device__ inline Entry item_entry(const ReduceJob& job, const ReduceItems& items, std::int64_t i) {
-  const int lane = threadIdx.x & 31;
-  if (i >= items.count || lane >= job.topk) return Entry{-1, -1, -1};
-  return job.entries[items.token(i) * job.topk + lane];
+template <class R>
+__device__ inline int chunk_bytes(int row_bytes, int chunk) {
+  const int left = row_bytes - chunk * R::kChunk;
+  return left < R::kChunk ? left : R::kChunk;
 }
 
+__device__ inline Entry item_entry(const ReduceJob& job, const ItemCursor& item) {
+  const int lane = threadIdx.x & 31;
+  if (!item.valid() || lane >= job.topk) return Entry{-1, -1, -1};
+  return job.entries[static_cast<std::int64_t>(item.token) * job.topk + lane];
+}
+
+template <class R>
 __device__ inline float entry_weight(const ReduceJob& job, const Entry& entry) {
-  return job.weights != nullptr && entry.rank >= 0 ? load_cached_in_l2(job.weights[entry.rank] + entry.slot) : 1.0f;
+  if (R::kPlain || entry.rank < 0 || job.weights == nullptr) return 1.0f;
+  return load_cached_in_l2(job.weights[entry.rank] + entry.slot);
 }
 
-template <class T>
-__device__ inline void store_sums(const ReduceJob& job, const ReduceItems& items, std::int64_t i, const Sums<T>& sums) {
+template <class R>
+__device__ inline void store_sums(const ReduceJob& job, int row_bytes, const ItemCursor& item, const Sums<R>& sums) {
   const int lane = threadIdx.x & 31;
-  const int chunk = items.chunk(i);
-  std::uint8_t* out = job.out + items.token(i) * items.row_bytes + static_cast<std::size_t>(chunk) * kReduceChunk;
+  const int bytes = chunk_bytes<R>(row_bytes, item.chunk);
+  std::uint8_t* out =
+      job.out + static_cast<std::size_t>(item.token) * row_bytes + static_cast<std::size_t>(item.chunk) * R::kChunk;
 #pragma unroll
-  for (int v = 0; v < Sums<T>::kVectors; ++v) {
+  for (int v = 0; v < R::kVectors; ++v) {
     const int at = (v * 32 + lane) * 16;
-    if (at < items.bytes(chunk)) store_streaming(reinterpret_cast<uint4*>(out + at), sums.result(v));
+    if (at < bytes) store_streaming(reinterpret_cast<uint4*>(out + at), sums.result(v));
   }
 }
 
-template <class T>
+// The grid walks tokens in order, so that what is read close in time lies close together.
+template <class R>
+__device__ inline ItemCursor first_item(const ReduceJob& job, int row_bytes, int warps) {
+  const int chunks = (row_bytes + R::kChunk - 1) / R::kChunk;
+  return ItemCursor(0, job.num_tokens, chunks, static_cast<int>(blockIdx.x) * warps + threadIdx.x / 32,
+                    static_cast<int>(gridDim.x) * warps);
+}
+
+template <class R>
 __device__ inline void reduce_rows_bulk(const ReduceJob& job, const Pipeline& pipeline, const ReduceRing& ring) {
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x & 31;
   if (warp >= pipeline.warps) return;
-  const ReduceItems items(job, T::kBytes, pipeline.warps);
+  const int row_bytes = job.hidden * R::Element::kBytes;
   const int depth = pipeline.stages;
-  const std::size_t stage_bytes = static_cast<std::size_t>(job.most_entries) * kReduceChunk;
+  const std::size_t stage_bytes = static_cast<std::size_t>(job.most_entries) * R::kChunk;
   std::uint8_t* stages = ring.stages + static_cast<std::size_t>(warp) * depth * stage_bytes;
   std::uint64_t* barriers = ring.barriers + warp * depth;
 
-  const auto load = [&](std::int64_t i, const Entry& entry, int stage) {
-    if (i >= items.count) return;
+  const auto load = [&](const ItemCursor& item, const Entry& entry, int stage) {
+    if (!item.valid()) return;
     const int count = __popc(__ballot_sync(0xffffffffu, entry.rank >= 0));
-    const int chunk = items.chunk(i);
-    const std::uint32_t bytes = static_cast<std::uint32_t>(items.bytes(chunk));
+    const std::uint32_t bytes = static_cast<std::uint32_t>(chunk_bytes<R>(row_bytes, item.chunk));
     if (lane == 0) barrier_arrive_expect(barriers + stage, count * bytes);
     __syncwarp();
     if (entry.rank >= 0) {
-      bulk_load(stages + stage * stage_bytes + static_cast<std::size_t>(lane) * kReduceChunk,
-                job.rows[entry.rank] + static_cast<std::size_t>(entry.slot) * items.row_bytes +
-                    static_cast<std::size_t>(chunk) * kReduceChunk,
+      bulk_load(stages + stage * stage_bytes + static_cast<std::size_t>(lane) * R::kChunk,
+                job.rows[entry.rank] + static_cast<std::size_t>(entry.slot) * row_bytes +
+                    static_cast<std::size_t>(item.chunk) * R::kChunk,
                 bytes, barriers + stage);
     }
   };
 
-  Entry to_load = item_entry(job, items, 0);
-  for (int i = 0; i < depth - 1; ++i) {
+  ItemCursor item = first_item<R>(job, row_bytes, pipeline.warps);
+  ItemCursor loading = item;
+  Entry to_load = item_entry(job, loading);
+  const auto load_next = [&](int stage) {
+    const ItemCursor now = loading;
     const Entry entry = to_load;
-    to_load = item_entry(job, items, i + 1);
-    load(i, entry, i);
-  }
-  Entry now = item_entry(job, items, 0);
-  Entry soon = item_entry(job, items, 1);
-  float weight = entry_weight(job, now);
+    loading.advance();
+    to_load = item_entry(job, loading);
+    load(now, entry, stage);
+  };
+  for (int i = 0; i < depth - 1; ++i) load_next(i);
+  ItemCursor following = item;
+  Entry entry = item_entry(job, following);
+  following.advance();
+  Entry soon = item_entry(job, following);
+  float weight = entry_weight<R>(job, entry);
   int stage = 0;
   int load_stage = depth - 1;
   std::uint32_t parity = 0;
-  for (std::int64_t i = 0; i < items.count; ++i) {
-    const Entry entry = to_load;
-    to_load = item_entry(job, items, i + depth);
-    load(i + depth - 1, entry, load_stage);
+  while (item.valid()) {
+    load_next(load_stage);
     if (++load_stage == depth) load_stage = 0;
-    const float next_weight = entry_weight(job, soon);
-    const Entry later = item_entry(job, items, i + 2);
+    const float next_weight = entry_weight<R>(job, soon);
+    following.advance();
+    const Entry later = item_entry(job, following);
 
-    const int count = __popc(__ballot_sync(0xffffffffu, now.rank >= 0));
-    const std::uint8_t* data = stages + stage * stage_bytes;
-    Sums<T> sums;
-    int last_rank = -1;
+    const int count = __popc(__ballot_sync(0xffffffffu, entry.rank >= 0));
+    const std::uint8_t* data = stages + stage * stage_bytes + lane * 16;
+    Sums<R> sums;
     barrier_wait(barriers + stage, parity);
-    for (int j = 0; j < count; ++j) {
-      const int rank = __shfl_sync(0xffffffffu, static_cast<int>(now.rank), j);
-      const float factor = __shfl_sync(0xffffffffu, weight, j);
+    if constexpr (R::kPlain) {
+#pragma unroll 2
+      for (int j = 0; j < count; ++j) {
 #pragma unroll
-      for (int v = 0; v < Sums<T>::kVectors; ++v) {
-        const uint4 vector =
-            *reinterpret_cast<const uint4*>(data + static_cast<std::size_t>(j) * kReduceChunk + (v * 32 + lane) * 16);
-        sums.add(v, vector, factor, rank != last_rank);
+        for (int v = 0; v < R::kVectors; ++v) {
+          sums.add_plain(v, *reinterpret_cast<const uint4*>(data + j * R::kChunk + v * 512));
+        }
       }
-      last_rank = rank;
+    } else {
+      int last_rank = -1;
+      for (int j = 0; j < count; ++j) {
+        const int rank = __shfl_sync(0xffffffffu, static_cast<int>(entry.rank), j);
+        const float factor = __shfl_sync(0xffffffffu, weight, j);
+        uint4 vectors[R::kVectors];
+#pragma unroll
+        for (int v = 0; v < R::kVectors; ++v) {
+          vectors[v] = *reinterpret_cast<const uint4*>(data + j * R::kChunk + v * 512);
+        }
+        if (rank != last_rank) {
+#pragma unroll
+          for (int v = 0; v < R::kVectors; ++v) sums.start_rank(v, vectors[v], factor);
+        } else {
+#pragma unroll
+          for (int v = 0; v < R::kVectors; ++v) sums.add(v, vectors[v], factor);
+        }
+        last_rank = rank;
+      }
     }
-    store_sums(job, items, i, sums);
+    store_sums<R>(job, row_bytes, item, sums);
     // All lanes have read the stage: it may be loaded again.
     __syncwarp();
-    now = soon;
+    item.advance();
+    entry = soon;
     soon = later;
     weight = next_weight;
     if (++stage == depth) {
@@ -181,32 +217,32 @@ __device__ inline void reduce_rows_bulk(const ReduceJob& job, const Pipeline& pi
   }
 }
 
-template <class T>
+template <class R>
 __device__ inline void reduce_rows_vector(const ReduceJob& job) {
   constexpr int kUnroll = 4;
   const int lane = threadIdx.x & 31;
-  const ReduceItems items(job, T::kBytes, kWarps);
-  for (std::int64_t i = 0; i < items.count; ++i) {
-    const Entry entry = item_entry(job, items, i);
-    const float weight = entry_weight(job, entry);
+  const int row_bytes = job.hidden * R::Element::kBytes;
+  for (ItemCursor item = first_item<R>(job, row_bytes, kWarps); item.valid(); item.advance()) {
+    const Entry entry = item_entry(job, item);
+    const float weight = entry_weight<R>(job, entry);
     const int count = __popc(__ballot_sync(0xffffffffu, entry.rank >= 0));
-    const int chunk = items.chunk(i);
-    const int bytes = items.bytes(chunk);
-    Sums<T> sums;
+    const int bytes = chunk_bytes<R>(row_bytes, item.chunk);
+    Sums<R> sums;
     int last_rank = -1;
     for (int first = 0; first < count; first += kUnroll) {
-      uint4 held[kUnroll][Sums<T>::kVectors];
+      uint4 held[kUnroll][R::kVectors];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         const int rank = __shfl_sync(0xffffffffu, static_cast<int>(entry.rank), (first + u) & 31);
         const int slot = __shfl_sync(0xffffffffu, entry.slot, (first + u) & 31);
 #pragma unroll
-        for (int v = 0; v < Sums<T>::kVectors; ++v) {
+        for (int v = 0; v < R::kVectors; ++v) {
           const int at = (v * 32 + lane) * 16;
+          held[u][v] = make_uint4(0, 0, 0, 0);
           if (first + u < count && at < bytes) {
             held[u][v] = load_streaming(reinterpret_cast<const uint4*>(
-                job.rows[rank] + static_cast<std::size_t>(slot) * items.row_bytes +
-                static_cast<std::size_t>(chunk) * kReduceChunk + at));
+                job.rows[rank] + static_cast<std::size_t>(slot) * row_bytes +
+                static_cast<std::size_t>(item.chunk) * R::kChunk + at));
           }
         }
       }
@@ -216,18 +252,24 @@ __device__ inline void reduce_rows_vector(const ReduceJob& job) {
         const float factor = __shfl_sync(0xffffffffu, weight, (first + u) & 31);
         if (first + u >= count) continue;
 #pragma unroll
-        for (int v = 0; v < Sums<T>::kVectors; ++v) {
-          if ((v * 32 + lane) * 16 < bytes) sums.add(v, held[u][v], factor, rank != last_rank);
+        for (int v = 0; v < R::kVectors; ++v) {
+          if constexpr (R::kPlain) {
+            sums.add_plain(v, held[u][v]);
+          } else if (rank != last_rank) {
+            sums.start_rank(v, held[u][v], factor);
+          } else {
+            sums.add(v, held[u][v], factor);
+          }
         }
         last_rank = rank;
       }
     }
-    store_sums(job, items, i, sums);
+    store_sums<R>(job, row_bytes, item, sums);
   }
 }
 
 // All threads of a block.
-template <class T>
+template <class R>
 __device__ inline void reduce_rows(const ReduceJob& job, const Pipeline& pipeline, const ReduceRing& ring) {
 #if defined(MOE_EP_BULK_COPIES)
   if (pipeline.use_bulk) {
@@ -235,11 +277,11 @@ __device__ inline void reduce_rows(const ReduceJob& job, const Pipeline& pipelin
     fence_barrier_init();
     fence_bulk_to_global();
     __syncthreads();
-    reduce_rows_bulk<T>(job, pipeline, ring);
+    reduce_rows_bulk<R>(job, pipeline, ring);
     return;
   }
 #endif
-  reduce_rows_vector<T>(job);
+  reduce_rows_vector<R>(job);
 }
 
 }  // namespace gpu

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cuda/elements.cuh"
+#include "cuda/items.cuh"
 #include "cuda/layout.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/state.h"
@@ -182,7 +183,6 @@ __device__ inline void send_rows_bulk(const SendJob& job, const Pipeline& pipeli
   const int chunk_elements = pipeline.chunk_bytes / element;
   const int chunks = (job.source.hidden + chunk_elements - 1) / chunk_elements;
   const std::size_t source_row = static_cast<std::size_t>(job.source.hidden) * element;
-  const std::int64_t items = (job.span.end - job.span.begin) * chunks;
   const int out_element = job.source.quantize ? 1 : element;
   const int row_scales = scales_per_row(job);
 
@@ -190,42 +190,39 @@ __device__ inline void send_rows_bulk(const SendJob& job, const Pipeline& pipeli
     const int left = job.source.hidden - chunk * chunk_elements;
     return left < chunk_elements ? left : chunk_elements;
   };
-  const auto load = [&](std::int64_t item, int stage) {
-    const std::int64_t token = job.span.begin + item / chunks;
-    const int chunk = static_cast<int>(item % chunks);
-    const std::uint32_t bytes = static_cast<std::uint32_t>(elements_of(chunk) * element);
+  const auto load = [&](const ItemCursor& item, int stage) {
+    const std::uint32_t bytes = static_cast<std::uint32_t>(elements_of(item.chunk) * element);
     barrier_arrive_expect(barriers + stage, bytes);
     bulk_load(stages + stage * pipeline.chunk_bytes,
-              job.source.rows + token * source_row + static_cast<std::size_t>(chunk) * chunk_elements * element, bytes,
-              barriers + stage);
+              job.source.rows + item.token * source_row + static_cast<std::size_t>(item.chunk) * chunk_elements * element,
+              bytes, barriers + stage);
   };
-  const auto fetch = [&](std::int64_t item) {
-    if (item >= items) return Entry{-1, -1, -1};
-    return entry_of(job.entries, job.span.begin + item / chunks, job.topk);
+  const auto fetch = [&](const ItemCursor& item) {
+    return item.valid() ? entry_of(job.entries, item.token, job.topk) : Entry{-1, -1, -1};
   };
 
-  if (lane == 0) {
-    for (int i = 0; i < kAhead; ++i) {
-      const std::int64_t item = warp + static_cast<std::int64_t>(i) * pipeline.warps;
-      if (item < items) load(item, i);
-    }
+  ItemCursor item(job.span.begin, job.span.end, chunks, warp, pipeline.warps);
+  ItemCursor ahead = item;
+  for (int i = 0; i < kAhead; ++i) {
+    if (lane == 0 && ahead.valid()) load(ahead, i);
+    ahead.advance();
   }
-  Entry next = fetch(warp);
+  Entry next = fetch(item);
   int stage = 0;
   std::uint32_t parity = 0;
-  for (std::int64_t item = warp; item < items; item += pipeline.warps) {
+  while (item.valid()) {
+    const ItemCursor now = item;
     const Entry entry = next;
-    next = fetch(item + pipeline.warps);
-    const std::int64_t ahead = item + static_cast<std::int64_t>(kAhead) * pipeline.warps;
-    if (ahead < items) {
+    item.advance();
+    next = fetch(item);
+    if (ahead.valid()) {
       // The stage was stored from kStages - kAhead items ago.
       bulk_wait_read<kStages - kAhead - 1>();
       __syncwarp();
       if (lane == 0) load(ahead, (stage + kAhead) % kStages);
+      ahead.advance();
     }
-    const std::int64_t token = job.span.begin + item / chunks;
-    const int chunk = static_cast<int>(item % chunks);
-    const int elements = elements_of(chunk);
+    const int elements = elements_of(now.chunk);
     const int count = count_entries(entry);
     std::uint8_t* data = stages + stage * pipeline.chunk_bytes;
     barrier_wait(barriers + stage, parity);
@@ -238,19 +235,19 @@ __device__ inline void send_rows_bulk(const SendJob& job, const Pipeline& pipeli
     }
     if (entry.rank >= 0) {
       bulk_store(job.destinations[entry.rank].rows + static_cast<std::size_t>(entry.slot) * job.sizes.row +
-                     static_cast<std::size_t>(chunk) * chunk_elements * out_element,
+                     static_cast<std::size_t>(now.chunk) * chunk_elements * out_element,
                  data, static_cast<std::uint32_t>(elements * out_element));
     }
     bulk_commit();
     if (job.source.quantize) {
-      const int first = chunk * (chunk_elements / static_cast<int>(kFp8Block));
+      const int first = now.chunk * (chunk_elements / static_cast<int>(kFp8Block));
       const int blocks = (elements + static_cast<int>(kFp8Block) - 1) / static_cast<int>(kFp8Block);
       for_each_entry(job, entry, count, [&](const Destination& to, std::size_t slot, int) {
         for (int i = lane; i < blocks; i += 32) to.scales[slot * row_scales + first + i] = scales[i];
       });
       __syncwarp();
     }
-    if (chunk == 0) send_metadata(job, token, entry, count);
+    if (now.chunk == 0) send_metadata(job, now.token, entry, count);
     if (++stage == kStages) {
       stage = 0;
       parity ^= 1;

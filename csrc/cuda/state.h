@@ -15,6 +15,7 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMostScalesAChunk = 32;  // so a chunk has at most 4096 elements where rows are quantised
 constexpr int kReduceChunk = 1024;     // bytes of a row that a warp sums at a time: two vectors a lane
+constexpr int kWideReduceChunk = 2048;
 
 // How an operation ended, where it did not end well. The first one is kept until the host has seen it.
 enum class Outcome : std::uint32_t {

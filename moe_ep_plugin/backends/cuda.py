@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,8 +172,7 @@ class CudaBackend(Backend):
         sharing = devices.count(mine["device"])
         link_share = _LINK_SHARE if len(set(devices)) > 1 else 1.0
         two_stage = config.expand == "two_stage" or (
-            config.expand == "auto"
-            and not direct_moves_fewer_bytes(context.num_ranks, config.num_topk, link_share)
+            config.expand == "auto" and not direct_moves_fewer_bytes(context.num_ranks, config.num_topk, link_share)
         )
         reason, communicator = None, None
         try:
@@ -200,9 +197,7 @@ class CudaBackend(Backend):
                 "them with `python -m moe_ep_plugin.share_gpu --ranks N -- SCRIPT`",
                 sharing,
             )
-        return cls(
-            context, module, heap, communicator, device=device, two_stage=two_stage, ranks_on_device=sharing
-        )
+        return cls(context, module, heap, communicator, device=device, two_stage=two_stage, ranks_on_device=sharing)
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """See :class:`Backend`."""
@@ -220,44 +215,44 @@ class CudaBackend(Backend):
                 "sizes can't come to the host while a CUDA graph is captured",
                 "pass max_recv_tokens, or a handle",
             )
-        with self._running(request, x, request.scale, request.topk_idx, request.topk_weights) as (run, home):
-            state = self._new_state(x.shape[0], num_topk, limit, layout, run) if handle is None else handle.state
-            _use_on(run, home, state.memory, state.fan, state.aligned_tokens)
-            result = communicator.dispatch(
-                x=x.data_ptr(),
-                element=ELEMENT_CODES[x.dtype],
-                scales=address_of(request.scale),
-                num_tokens=x.shape[0],
-                hidden=config.hidden,
-                topk_idx=address_of(request.topk_idx) or 0,
-                topk=num_topk,
-                weights=address_of(request.topk_weights),
-                layout=LAYOUT_CODES[layout],
-                max_recv_rows=-1 if limit is None else limit,
-                quantize=quantize,
-                power_of_two=config.power_of_two_scales,
-                routing=state.routing,
-                routing_memory=state.memory.data_ptr(),
-                tokens_per_expert=address_of(state.aligned_tokens) or 0,
-                num_sms=self._sms(request.num_sms),
-                stream=run.cuda_stream,
-                home=home.cuda_stream,
-            )
-            fresh = handle is None
-            if handle is None:
-                state = _State(result.routing, state.memory, state.fan, state.aligned_tokens)
-                if state.fan is not None:
-                    result.routing.set_fan(state.fan.data_ptr())
-                handle = self._make_handle(request, state, num_topk)
-            if result.routing.sent_rows > 0:
-                self._c.stats.bytes_to_peers += result.routing.sent_rows * result.bytes_per_row
-            has_scale = quantize or request.scale is not None
-            if state.fan is None:
-                block, offsets = self._received(result, run, home), result.offsets
-            else:
-                offsets = communicator.expanded_offsets(result)
-                block = self._expand(request, result, state, offsets[-1], fresh, has_scale, x.dtype, run, home)
-            event = GpuEvent(run, communicator)
+        run, home = self._streams(request, x, request.scale, request.topk_idx, request.topk_weights)
+        state = self._new_state(x.shape[0], num_topk, limit, layout, run) if handle is None else handle.state
+        _use_on(run, home, state.memory, state.fan, state.aligned_tokens)
+        result = communicator.dispatch(
+            x=x.data_ptr(),
+            element=ELEMENT_CODES[x.dtype],
+            scales=address_of(request.scale),
+            num_tokens=x.shape[0],
+            hidden=config.hidden,
+            topk_idx=address_of(request.topk_idx) or 0,
+            topk=num_topk,
+            weights=address_of(request.topk_weights),
+            layout=LAYOUT_CODES[layout],
+            max_recv_rows=-1 if limit is None else limit,
+            quantize=quantize,
+            power_of_two=config.power_of_two_scales,
+            routing=state.routing,
+            routing_memory=state.memory.data_ptr(),
+            tokens_per_expert=address_of(state.aligned_tokens) or 0,
+            num_sms=self._sms(request.num_sms),
+            stream=run.cuda_stream,
+            home=home.cuda_stream,
+        )
+        fresh = handle is None
+        if handle is None:
+            state = _State(result.routing, state.memory, state.fan, state.aligned_tokens)
+            if state.fan is not None:
+                result.routing.set_fan(state.fan.data_ptr())
+            handle = self._make_handle(request, state, num_topk)
+        if result.routing.sent_rows > 0:
+            self._c.stats.bytes_to_peers += result.routing.sent_rows * result.bytes_per_row
+        has_scale = quantize or request.scale is not None
+        if state.fan is None:
+            block, offsets = self._received(result, run, home), result.offsets
+        else:
+            offsets = communicator.expanded_offsets(result)
+            block = self._expand(request, result, state, offsets[-1], fresh, has_scale, x.dtype, run, home)
+        event = GpuEvent(run, communicator)
         rows, has_weights = handle.num_rows, request.topk_weights is not None
         _, scales_at, weights_at, indices_at, _ = offsets
         weights_shape = (rows,) if layout == "expert" else (rows, num_topk)
@@ -284,22 +279,22 @@ class CudaBackend(Backend):
         values = None
         if request.row_values is not None:
             values = torch.empty(handle.num_tokens, handle.num_topk, device=self._device)
-        with self._running(request, rows, request.row_weights, request.row_values, out, values) as (run, home):
-            _use_on(run, home, state.memory, state.fan)
-            result = communicator.combine(
-                rows=rows.data_ptr(),
-                element=ELEMENT_CODES[rows.dtype],
-                hidden=self._c.config.hidden,
-                routing=state.routing,
-                weights=address_of(request.row_weights),
-                values=address_of(request.row_values),
-                out=out.data_ptr(),
-                values_out=address_of(values) or 0,
-                num_sms=self._sms(request.num_sms),
-                stream=run.cuda_stream,
-                home=home.cuda_stream,
-            )
-            event = GpuEvent(run, communicator)
+        run, home = self._streams(request, rows, request.row_weights, request.row_values, out, values)
+        _use_on(run, home, state.memory, state.fan)
+        result = communicator.combine(
+            rows=rows.data_ptr(),
+            element=ELEMENT_CODES[rows.dtype],
+            hidden=self._c.config.hidden,
+            routing=state.routing,
+            weights=address_of(request.row_weights),
+            values=address_of(request.row_values),
+            out=out.data_ptr(),
+            values_out=address_of(values) or 0,
+            num_sms=self._sms(request.num_sms),
+            stream=run.cuda_stream,
+            home=home.cuda_stream,
+        )
+        event = GpuEvent(run, communicator)
         self._c.stats.bytes_to_peers += result.bytes_to_peers
         self._c.stats.staged += result.staged
         return CombineOutput(x=out, row_values=values, event=event)
@@ -355,20 +350,19 @@ class CudaBackend(Backend):
         _check_sms(asked, self._device_sms, self._ranks_on_device)
         return asked
 
-    @contextmanager
-    def _running(
+    def _streams(
         self, request: DispatchRequest | CombineRequest, *tensors: torch.Tensor | None
-    ) -> Iterator[tuple[torch.cuda.Stream, torch.cuda.Stream]]:
+    ) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
         """The stream that the operation runs on, ordered after what it needs, and the one that its results are for."""
         home = torch.cuda.current_stream(self._device)
         run = self._comm_stream if request.async_op else home
         if request.previous_event is not None:
             with torch.cuda.stream(run):
                 request.previous_event.wait()
-        elif run != home:
+        elif request.async_op:
             run.wait_stream(home)
         _use_on(run, home, *tensors)
-        yield run, home
+        return run, home
 
     def _new_state(
         self, num_tokens: int, num_topk: int, limit: int | None, layout: str, run: torch.cuda.Stream
@@ -510,7 +504,7 @@ def _aligned(rows: torch.Tensor) -> torch.Tensor:
 
 def _use_on(run: torch.cuda.Stream, home: torch.cuda.Stream, *tensors: torch.Tensor | None) -> None:
     """Keep torch from handing the memory of ``tensors`` out again before ``run`` is done with it."""
-    if run == home:
+    if run is home:
         return
     for tensor in tensors:
         if tensor is not None:
@@ -523,11 +517,11 @@ def _leased(block: Any) -> torch.Tensor:
     return tensor
 
 
-def _tensor(block: torch.Tensor, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+def _tensor(block: torch.Tensor, offset: int, dtype: torch.dtype, shape: tuple[int] | tuple[int, int]) -> torch.Tensor:
     """A tensor over part of a block, which it keeps alive. Not a view, so autograd may modify it in place."""
     if math.prod(shape) == 0:
         return torch.empty(shape, dtype=dtype, device=block.device)
-    strides = torch.empty(shape, device="meta").stride()
+    strides = (shape[1], 1) if len(shape) == 2 else (1,)
     start = block.storage_offset() + offset
     return torch.empty(0, dtype=dtype, device=block.device).set_(
         block.untyped_storage(), start // dtype.itemsize, shape, strides

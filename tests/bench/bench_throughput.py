@@ -178,18 +178,25 @@ class DeviceLost(Exception):
 class Team:
     """The first ``size`` ranks.
 
-    Attributes:
-        buffer_group: For buffers only: a start-up that one rank gives up leaves a group out of step.
+    Args:
+        groups: The first is the team's own. The others are for buffers, one after the other, as a start-up that one
+            rank gives up leaves a group out of step.
     """
 
-    def __init__(self, group: Any, size: int, device: torch.device) -> None:
-        self._group, self.size, self.device = group, size, device
-        self.rank = dist.get_rank(group)
-        self.renew_buffer_group()
+    def __init__(self, groups: list[Any], size: int, device: torch.device) -> None:
+        self._group, *self._buffer_groups = groups
+        self.size, self.device = size, device
+        self.rank = dist.get_rank(self._group)
 
-    def renew_buffer_group(self) -> None:
-        """Start with a group that nothing has gone wrong in."""
-        self.buffer_group = dist.new_group(list(range(self.size)), backend="gloo", use_local_synchronization=True)
+    @property
+    def buffer_group(self) -> Any:
+        """The group to make buffers with."""
+        return self._buffer_groups[0]
+
+    def change_buffer_group(self) -> None:
+        """Go on with another group, if one is left."""
+        if len(self._buffer_groups) > 1:
+            del self._buffer_groups[0]
 
     def together(self, run: Callable[[], T]) -> T:
         """Run this rank's part, wait for all ranks, and raise on all of them if any part failed."""
@@ -254,7 +261,7 @@ def repeat(call: Call, times: int) -> None:
 # The data of a run, and what must come of it
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)
 def own_routing(shape: Shape, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Expert ids and gate weights of a rank, on the CPU."""
     return routing(shape.tokens, shape.topk, shape.experts, rank)
@@ -409,7 +416,7 @@ class Session:
         try:
             self.buffer = team.together(lambda: EpBuffer(team.buffer_group, EpConfig(**settings)))
         except Failed:
-            team.renew_buffer_group()
+            team.change_buffer_group()
             raise
 
     def _pool_bytes(self, config: EpConfig, limit: int) -> int | None:
@@ -417,8 +424,8 @@ class Session:
         plan, counts = config.memory_plan(self.team.size), self.data.counts
         if plan.total <= limit:
             return None
-        # Two outputs that overlap, rows for combine, their staging; 10 % for ranks that receive more than others.
-        block = int(1.1 * counts.expert_rows / self.team.size) * (counts.row + 4 * num_scales(config.hidden) + 4)
+        # Two outputs that overlap, rows for combine, their staging; 5 % for ranks that receive more than others.
+        block = int(1.05 * counts.expert_rows / self.team.size) * (counts.row + 4 * num_scales(config.hidden) + 4)
         room = limit - plan.overflow
         if room < 4 * block:
             needed = plan.overflow + 4 * block
@@ -426,12 +433,15 @@ class Session:
         return room
 
     def close(self) -> None:
-        """Give the heap back."""
-        with suppress(Exception):
-            synchronize(self.device)
-        self.buffer.close()
-        del self.data
-        tidy(self.device)
+        """Give the heap back, and wait until all ranks have: memory that a peer maps is not free yet."""
+
+        def close_mine() -> None:
+            self.buffer.close()
+            del self.data
+            tidy(self.device)
+
+        with suppress(Failed):
+            self.team.together(close_mine)
 
     def dispatch(self, layout: str, **options: Any) -> Any:
         """Dispatch this rank's rows, by their ids unless ``handle`` is given."""
@@ -543,6 +553,8 @@ WORKS = {
 MAIN_WORKS = tuple(name for name in WORKS if name != "dispatch_rank_max")
 SMALL_WORKS = ("dispatch_rank", "dispatch_rank_max", "dispatch_rank_handle", "combine_rank")
 GRAPH_WORKS = ("dispatch_rank_max", "dispatch_rank_handle", "combine_rank")
+SMALL_RANKS = (2, 8)
+MOST_SCALING_RANKS = 8
 SCALING_WORKS = ("dispatch_rank", "combine_rank", "dispatch_expert", "combine_expert")
 
 
@@ -707,13 +719,21 @@ class Bench:
             self.sm_count = torch.cuda.get_device_properties(self.device).multi_processor_count
         self.shape = Shape(options.tokens, options.hidden, options.topk, options.experts)
         self.report = Report(options, self.device, self.shape)
-        self._teams: dict[int, Team | None] = {}
+        self._teams = {size: self._make_team(size) for size in self._sizes_of_modes()}
+
+    def _sizes_of_modes(self) -> list[int]:
+        options = self.options
+        sizes = set(options.ranks if options.main else ())
+        sizes |= set(SMALL_RANKS if options.small else ())
+        sizes |= {*options.scaling_ranks, *range(1, MOST_SCALING_RANKS + 1)} if options.scaling else set()
+        return sorted(size for size in sizes if size <= self.world)
+
+    def _make_team(self, size: int) -> Team | None:
+        groups = [dist.new_group(list(range(size)), backend="gloo") for _ in range(3)]
+        return Team(groups, size, self.device) if self.rank < size else None
 
     def team(self, size: int) -> Team | None:
-        """The first ``size`` ranks; None on the others. All ranks ask together."""
-        if size not in self._teams:
-            group = dist.new_group(list(range(size)), backend="gloo")
-            self._teams[size] = Team(group, size, self.device) if self.rank < size else None
+        """The first ``size`` ranks; None on the others."""
         return self._teams[size]
 
     def sizes(self, wanted: Iterable[int]) -> list[int]:
@@ -773,11 +793,11 @@ class Bench:
                     except (DoesNotFit, Failed) as error:
                         why = {"skipped" if isinstance(error, DoesNotFit) else "error": str(error)}
                         row |= why
-                        if session is None:
-                            unusable = why
-                        else:
-                            session.close()
-                            session = None
+                        unusable = why if session is None else {}
+                    # Not above, where the error still refers to leased tensors.
+                    if "error" in row and session is not None:
+                        session.close()
+                        session = None
                     yield self.report.finish(row, name, counts)
             if session is not None:
                 session.close()
@@ -810,7 +830,7 @@ class Bench:
         """Few tokens: eager, in graphs, and launches."""
         schedule = self.schedule(Schedule(warmup=10, calls=50, batches=5))
         kept = self.report.results["small"] = {}
-        sizes = self.sizes((2, 8))
+        sizes = self.sizes(SMALL_RANKS)
         self.report.header("Small, eager")
         for size in sizes:
             team, sms = self.team(size), self.sms(size)
@@ -842,8 +862,8 @@ class Bench:
                 said = f"graph {row['graph']['us']:.1f} us, launch share {row['launch_share'] or 0:.0%}"
             except (Failed, DoesNotFit) as error:
                 row["graph"], said = {"error": str(error)}, f"graph FAILED: {error}"
-                if session is not None:
-                    session.close()
+            if "error" in row["graph"] and session is not None:
+                session.close()
                 session = None
             self.report.say(f"{name:26s} {team.size:>5d} x {sms:<3d} {said}, {shape.tokens} tokens")
             self.report.save()
@@ -859,8 +879,8 @@ class Bench:
                 found = count_launches(session, name)
             except (Failed, DoesNotFit) as error:
                 found = {"error": str(error)}
-                if session is not None:
-                    session.close()
+            if "error" in found and session is not None:
+                session.close()
                 session = None
             kept[str(tokens)][name]["launches"] = found
             self.report.say(f"{name:26s} {team.size:>5d} x {sms:<3d} launches of a call: {found}")
@@ -878,7 +898,7 @@ class Bench:
                 shape = Shape(**asdict(self.shape) | {"tokens": self.shape.tokens * step // 32})
                 self.scale(kept["tokens"], size, shape, [self.sms(size)])
         self.report.header("Scaling with ranks")
-        for size in range(1, min(self.world, 8) + 1):
+        for size in range(1, min(self.world, MOST_SCALING_RANKS) + 1):
             self.scale(kept["ranks"], size, self.shape, [min(16, self.sm_count // size)])
         self.report.header("Scaling with SMs")
         for size in self.sizes([2]):
@@ -955,7 +975,7 @@ def count_launches(session: Session, name: str, calls: int = 4) -> Row:
     team.together(start)
     names = team.together(count)
     copies = [n for n in names if n.lower().startswith(("memcpy", "memset"))]
-    kernels = sorted(n.split("(")[0][-60:] for n in names if n not in copies)
+    kernels = [n.replace("(anonymous namespace)::", "").split("(")[0][:80] for n in names if n not in copies]
     return {"kernels": len(kernels) / calls, "copies": len(copies) / calls, "names": sorted(set(kernels))}
 
 
@@ -1000,7 +1020,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
     parser.add_argument("--backend", default="cuda", help=argparse.SUPPRESS)
     parser.add_argument("--copy-mb", type=int, default=2048, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.main = options.main or not (options.small or options.scaling)
+    return options
 
 
 def main() -> None:
@@ -1010,7 +1032,7 @@ def main() -> None:
     bench = Bench(options)
     gc.freeze()
     bench.measure_copy()
-    if options.main or not (options.small or options.scaling):
+    if options.main:
         bench.main()
     if options.scaling:
         bench.scaling()

@@ -70,6 +70,8 @@ def label_points(axes: Axes, rows: list[Row], axis: str, log: bool) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     else:
         axes.set_ylim(bottom=0)
+    if not points:
+        return
     axes.set_xticks(points, [f"{point:,}".replace(",", " ") for point in points])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.tick_params(axis="x", labelrotation=45 if axis == "tokens" else 0)
