@@ -15,7 +15,6 @@ namespace {
 // What kernels declare as static shared memory, rounded up.
 constexpr std::size_t kStaticSharedBytes = 512;
 constexpr int kMostStages = 8;
-constexpr int kFewEntries = 4;
 
 std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 
@@ -206,15 +205,16 @@ Pipeline Communicator::send_pipeline(const RowSource& source, const RowSizes& si
   return pipeline;
 }
 
-// As many warps as have three stages each, or two with few warps; wide chunks where a token has few rows.
+// Two stages a warp or more, and the warps and chunks that did best on an H200: many warps where a token has few rows,
+// whose sums are short, and fewer where memory is the limit anyway.
 Pipeline Communicator::reduce_pipeline(std::int64_t row_bytes, int num_sources, int most_entries, bool plain) const {
   Pipeline pipeline{};
   pipeline.use_bulk = has_bulk_ && row_bytes % 16 == 0;
-  pipeline.chunk_bytes = plain && most_entries <= kFewEntries ? kWideReduceChunk : kReduceChunk;
+  pipeline.chunk_bytes = plain && most_entries <= 2 ? kWideReduceChunk : kReduceChunk;
   if (tuned_reduce_.chunk_bytes > 0) pipeline.chunk_bytes = tuned_reduce_.chunk_bytes;
   const std::size_t room = most_shared_bytes_ - align_up(at(num_sources) * 24, 128) - 256;
   const std::size_t stage = at(most_entries) * at(pipeline.chunk_bytes) + sizeof(std::uint64_t);
-  const int most_warps = tuned_reduce_.warps > 0 ? tuned_reduce_.warps : 12;
+  const int most_warps = tuned_reduce_.warps > 0 ? tuned_reduce_.warps : most_entries <= 4 ? kWarps : 10;
   for (int warps = most_warps; warps >= 1; --warps) {
     pipeline.warps = warps;
     pipeline.stages = static_cast<std::int32_t>(std::min<std::size_t>(kMostStages, room / (stage * at(warps))));
@@ -232,11 +232,17 @@ int Communicator::blocks_for(int num_sms, std::int64_t items, int warps) const {
 
 // Operations follow each other on the GPU whatever streams they are queued on.
 void Communicator::queue_behind(cudaStream_t stream) {
-  if (has_run_ && stream != last_stream_ && capture_of(stream) == capture_of(last_stream_)) {
-    MOE_EP_CUDA_CHECK(cudaEventRecord(behind_, last_stream_));
+  // A capture is not ordered after what came before it: it begins on an idle device, and so do its replays.
+  if (has_run_ && stream != last_stream_ && capture_of(stream) == last_capture_) {
     MOE_EP_CUDA_CHECK(cudaStreamWaitEvent(stream, behind_, 0));
   }
+}
+
+// Recorded now, so that the next operation waits for this one and for nothing that is queued after it.
+void Communicator::queued(cudaStream_t stream) {
+  MOE_EP_CUDA_CHECK(cudaEventRecord(behind_, stream));
   last_stream_ = stream;
+  last_capture_ = capture_of(stream);
   has_run_ = true;
 }
 

@@ -161,6 +161,7 @@ class Communicator {
   Pipeline reduce_pipeline(std::int64_t row_bytes, int num_sources, int most_entries, bool plain) const;
   int count_warps(int bins) const;
   void queue_behind(cudaStream_t stream);
+  void queued(cudaStream_t stream);
 
   struct Room {
     std::shared_ptr<Pool::Lease> lease;
@@ -195,6 +196,7 @@ class Communicator {
   cudaStream_t control_ = nullptr;
   cudaEvent_t behind_ = nullptr;
   cudaStream_t last_stream_ = nullptr;
+  std::uint64_t last_capture_ = 0;
   bool has_run_ = false;
   std::atomic<bool> departed_{false};
   std::atomic<bool> awaiting_{false};

@@ -67,8 +67,8 @@ __device__ void post_totals(const DispatchParams& params, std::uint64_t sequence
     post = make_post(params);
     const std::uint64_t bad = *reinterpret_cast<volatile std::uint64_t*>(&params.group.state->bad_route);
     if (bad != kNoBadRoute) {
-      post.bad_route = static_cast<std::int64_t>(bad >> 32);
-      post.bad_expert = static_cast<std::int32_t>(bad & 0xffffffffu);
+      post.bad_route = static_cast<std::int64_t>(bad) + 1;
+      post.bad_expert = params.topk_idx[bad];
       params.group.state->bad_route = kNoBadRoute;
     }
   }
@@ -311,6 +311,8 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_cons
       counts_to_slots(bins, count_warps, first, counters);
       assign_slots(routes, span, params.deduplicated, count_warps, counters, params.routing.ids,
                    params.routing.entries);
+      // Warps take rows as they come, of other blocks' tokens too.
+      if (!wait_for_blocks(group.state, mark_of(sequence, Pass::kDispatch))) return;
     }
     for (int rank = threadIdx.x; rank < group.num_ranks; rank += blockDim.x) {
       const std::int64_t offset = post_field(group, sequence, rank, &OperationPost::block_offset);
@@ -324,9 +326,9 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_cons
       clear_padding(shared.destinations[group.rank], params.sizes, params.routing, params.layout, local,
                     group.alignment, shared.rows_at_rank[group.rank]);
     }
-    const SendJob job{params.source,        params.sizes,          span,        params.routing.entries,
-                      params.routing.ids,   group.rank_of_expert,  group.local_of_expert,
-                      params.topk,          params.deduplicated,   shared.destinations};
+    const SendJob job{params.source,       params.sizes,         params.num_tokens,     params.routing.entries,
+                      params.routing.ids,  group.rank_of_expert, group.local_of_expert, params.topk,
+                      params.deduplicated, shared.destinations,  &group.state->next_item};
     send_rows(job, params.pipeline, SendRing{shared.scratch, shared.barriers, shared.scales});
   } else {
     give_up(params, sequence, span);

@@ -26,6 +26,14 @@ struct Float32 {
     values[2] = __uint_as_float(vector.z);
     values[3] = __uint_as_float(vector.w);
   }
+  // Bits of the largest magnitude, NaN and infinities above all others; and what they stand for.
+  __device__ static std::uint32_t larger(std::uint32_t a, std::uint32_t b) { return a > b ? a : b; }
+  __device__ static std::uint32_t peak(const uint4& vector) {
+    constexpr std::uint32_t kMagnitude = 0x7fffffffu;
+    return larger(larger(vector.x & kMagnitude, vector.y & kMagnitude),
+                  larger(vector.z & kMagnitude, vector.w & kMagnitude));
+  }
+  __device__ static float magnitude(std::uint32_t peak) { return __uint_as_float(peak); }
   __device__ static uint4 pack(const float (&values)[4]) {
     return make_uint4(__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]),
                       __float_as_uint(values[3]));
@@ -42,6 +50,17 @@ struct BFloat16 {
       values[2 * i] = __uint_as_float(words[i] << 16);
       values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
     }
+  }
+  // As in Float32, two elements a word.
+  __device__ static std::uint32_t larger(std::uint32_t a, std::uint32_t b) { return __vmaxu2(a, b); }
+  __device__ static std::uint32_t peak(const uint4& vector) {
+    constexpr std::uint32_t kMagnitudes = 0x7fff7fffu;
+    return larger(larger(vector.x & kMagnitudes, vector.y & kMagnitudes),
+                  larger(vector.z & kMagnitudes, vector.w & kMagnitudes));
+  }
+  __device__ static float magnitude(std::uint32_t peak) {
+    const std::uint32_t bits = (peak & 0xffffu) > (peak >> 16) ? peak & 0xffffu : peak >> 16;
+    return __uint_as_float(bits << 16);
   }
   __device__ static std::uint32_t pack2(float low, float high) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -64,6 +83,17 @@ struct Float16 {
       values[2 * i] = pair.x;
       values[2 * i + 1] = pair.y;
     }
+  }
+  // As in Float32, two elements a word.
+  __device__ static std::uint32_t larger(std::uint32_t a, std::uint32_t b) { return __vmaxu2(a, b); }
+  __device__ static std::uint32_t peak(const uint4& vector) {
+    constexpr std::uint32_t kMagnitudes = 0x7fff7fffu;
+    return larger(larger(vector.x & kMagnitudes, vector.y & kMagnitudes),
+                  larger(vector.z & kMagnitudes, vector.w & kMagnitudes));
+  }
+  __device__ static float magnitude(std::uint32_t peak) {
+    const std::uint32_t bits = (peak & 0xffffu) > (peak >> 16) ? peak & 0xffffu : peak >> 16;
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
   }
   __device__ static std::uint32_t pack2(float low, float high) {
     const __half2 pair = __floats2half2_rn(low, high);
@@ -108,6 +138,14 @@ __device__ inline float scaled_for_fp8(float value, float reciprocal) {
 __device__ inline std::uint32_t to_e4m3x4(const float* values, float reciprocal) {
   const float2 low = make_float2(scaled_for_fp8(values[0], reciprocal), scaled_for_fp8(values[1], reciprocal));
   const float2 high = make_float2(scaled_for_fp8(values[2], reciprocal), scaled_for_fp8(values[3], reciprocal));
+  return static_cast<std::uint32_t>(__nv_cvt_float2_to_fp8x2(low, __NV_SATFINITE, __NV_E4M3)) |
+         (static_cast<std::uint32_t>(__nv_cvt_float2_to_fp8x2(high, __NV_SATFINITE, __NV_E4M3)) << 16);
+}
+
+// The same for finite values: the conversion itself ends at 448.
+__device__ inline std::uint32_t finite_to_e4m3x4(const float* values, float reciprocal) {
+  const float2 low = make_float2(__fmul_rn(values[0], reciprocal), __fmul_rn(values[1], reciprocal));
+  const float2 high = make_float2(__fmul_rn(values[2], reciprocal), __fmul_rn(values[3], reciprocal));
   return static_cast<std::uint32_t>(__nv_cvt_float2_to_fp8x2(low, __NV_SATFINITE, __NV_E4M3)) |
          (static_cast<std::uint32_t>(__nv_cvt_float2_to_fp8x2(high, __NV_SATFINITE, __NV_E4M3)) << 16);
 }

@@ -100,7 +100,10 @@ __device__ inline void finish_operation(const Group& group, Step step, std::uint
     wait_for_all(group, step, sequence, operation);
   }
   __syncthreads();
-  if (threadIdx.x == 0) group.state->sequence = sequence;
+  if (threadIdx.x == 0) {
+    group.state->next_item = 0;
+    group.state->sequence = sequence;
+  }
 }
 
 }  // namespace gpu

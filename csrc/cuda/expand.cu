@@ -24,18 +24,6 @@ struct ExpandShared {
   }
 };
 
-// All blocks: returns when every block's counts can be read. One launch belongs to one dispatch, whose number marks it.
-__device__ void wait_for_blocks(DeviceState* state) {
-  const auto mark = static_cast<std::uint32_t>(state->sequence);
-  if (is_last_block(&state->blocks[0])) {
-    if (threadIdx.x == 0) store_release_device(&state->totals_set, mark);
-  }
-  if (threadIdx.x == 0) {
-    while (load_acquire_device(&state->totals_set) != mark) __nanosleep(100);
-  }
-  __syncthreads();
-}
-
 __global__ void __launch_bounds__(kThreads, 1) expand_kernel(const __grid_constant__ ExpandParams params) {
   extern __shared__ __align__(128) std::uint8_t memory[];
   DeviceState* state = params.group.state;
@@ -51,7 +39,7 @@ __global__ void __launch_bounds__(kThreads, 1) expand_kernel(const __grid_consta
     std::int32_t* first = counters + static_cast<std::size_t>(count_warps) * bins;
     count_routes(routes, span, count_warps, counters, params.ids, &state->bad_route);
     publish_block_counts(routes, count_warps, counters, params.group.block_counts);
-    wait_for_blocks(state);
+    if (!wait_for_blocks(state, mark_of(state->sequence, Pass::kExpand))) return;
     for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) {
       const std::int64_t start = bin < params.num_local_experts ? params.routing.local_first[bin] : 0;
       first[bin] = static_cast<std::int32_t>(start) +
@@ -60,14 +48,16 @@ __global__ void __launch_bounds__(kThreads, 1) expand_kernel(const __grid_consta
     __syncthreads();
     counts_to_slots(bins, count_warps, first, counters);
     assign_slots(routes, span, false, count_warps, counters, params.ids, params.fan);
+    if (!wait_for_blocks(state, mark_of(state->sequence, Pass::kSend))) return;
   }
   if (threadIdx.x == 0) *shared.destination = destination_of(params.block, params.sizes, params.num_rows);
   __syncthreads();
   clear_padding(*shared.destination, params.sizes, params.routing, RowLayout::kExpert, params.num_local_experts,
                 params.group.alignment, params.num_rows);
-  const SendJob job{params.source, params.sizes, span, params.fan, nullptr, nullptr, nullptr, params.topk, false,
-                    shared.destination};
+  const SendJob job{params.source, params.sizes, received, params.fan, nullptr, nullptr, nullptr, params.topk, false,
+                    shared.destination, &state->next_item};
   send_rows(job, params.pipeline, SendRing{shared.scratch, shared.barriers, nullptr});
+  if (is_last_block(&state->blocks[1]) && threadIdx.x == 0) state->next_item = 0;
 }
 
 }  // namespace

@@ -87,9 +87,7 @@ __device__ inline void count_routes(const Routes& routes, const Span& span, int 
         if (id >= -1 && id < routes.num_experts) {
           expert = static_cast<int>(id);
         } else {
-          const std::int64_t told = id < -0x7fffffff ? -0x7fffffff : id > 0x7fffffff ? 0x7fffffff : id;
-          const std::uint64_t where = (static_cast<std::uint64_t>(index + 1) << 32) | static_cast<std::uint32_t>(told);
-          atomicMin(reinterpret_cast<unsigned long long*>(bad_route), static_cast<unsigned long long>(where));
+          atomicMin(reinterpret_cast<unsigned long long*>(bad_route), static_cast<unsigned long long>(index));
         }
         ids[index] = expert;
       }

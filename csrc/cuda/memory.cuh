@@ -117,6 +117,20 @@ __device__ __forceinline__ void bulk_load(void* to_shared, const void* from_glob
 #endif
 }
 
+// The same, for what is read once: its lines are the first to leave L2.
+__device__ __forceinline__ void bulk_load_once(void* to_shared, const void* from_global, std::uint32_t bytes,
+                                               std::uint64_t* barrier) {
+#if defined(MOE_EP_BULK_COPIES)
+  std::uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          shared_address(to_shared)),
+      "l"(from_global), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
+#endif
+}
+
 __device__ __forceinline__ void bulk_store(void* to_global, const void* from_shared, std::uint32_t bytes) {
 #if defined(MOE_EP_BULK_COPIES)
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to_global),

@@ -97,6 +97,7 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
     params.block_bytes = room.bytes;
     params.ticket = waits ? ++ticket_ : 0;
     MOE_EP_CUDA_CHECK(launch_dispatch(params, blocks, arguments.streams.run));
+    queued(arguments.streams.run);
     if (!waits) break;
     const bool fits = await(params.ticket, arguments.streams.run);
     routing.block_rows = report_->block_rows;
@@ -163,6 +164,7 @@ void Communicator::expand(const ExpandArguments& arguments) {
       routing.block_rows * chunks_of(static_cast<std::int64_t>(staged.sizes.row), params.pipeline.chunk_bytes);
   const int blocks = blocks_for(arguments.num_sms, items, params.pipeline.warps);
   MOE_EP_CUDA_CHECK(launch_expand(params, blocks, arguments.streams.run));
+  queued(arguments.streams.run);
 }
 
 CombineResult Communicator::combine(const CombineArguments& arguments) {
@@ -243,6 +245,7 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
       routing.num_tokens * chunks_of(static_cast<std::int64_t>(row_bytes), params.pipeline.chunk_bytes);
   MOE_EP_CUDA_CHECK(
       launch_combine(params, blocks_for(arguments.num_sms, items, params.pipeline.warps), arguments.streams.run));
+  queued(arguments.streams.run);
 
   CombineResult result;
   result.staged = !in_place && !reduces_first;

@@ -96,11 +96,6 @@ std::shared_ptr<Pool::Lease> Pool::lease(FreeList::Range range, cudaStream_t use
 void Pool::order_after_releases(cudaStream_t user) {
   for (auto& [stream, home] : homes_) {
     if (stream == user || home.seen[user] == home.releases || capture_of(stream) != 0) continue;
-    crossed_ = true;
-    if (home.recorded != home.releases) {
-      // What was queued there until now includes every use before the releases.
-      record(stream, home);
-    }
     if (home.event != nullptr) MOE_EP_CUDA_CHECK(cudaStreamWaitEvent(user, home.event, 0));
     home.seen[user] = home.releases;
   }
@@ -112,7 +107,7 @@ void Pool::record(cudaStream_t stream, Home& home) {
     home.event = nullptr;
     return;
   }
-  if (cudaEventRecord(home.event, stream) == cudaSuccess) home.recorded = home.releases;
+  cudaEventRecord(home.event, stream);
 }
 
 void Pool::release(FreeList::Range range, cudaStream_t home, std::uint64_t capture, bool used) {
@@ -127,11 +122,9 @@ void Pool::release(FreeList::Range range, cudaStream_t home, std::uint64_t captu
   if (!used) return;
   Home& of = homes_[home];
   ++of.releases;
-  // Recorded here and now where another stream will ask, so that it does not wait for what is queued later.
+  // Here and now, so that another stream does not wait for what is queued later.
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  if (crossed_ && cudaStreamIsCapturing(home, &status) == cudaSuccess && status == cudaStreamCaptureStatusNone) {
-    record(home, of);
-  }
+  if (cudaStreamIsCapturing(home, &status) == cudaSuccess && status == cudaStreamCaptureStatusNone) record(home, of);
 }
 
 bool Pool::contains(const void* address) const {

@@ -68,9 +68,8 @@ class Pool : public std::enable_shared_from_this<Pool> {
 
  private:
   struct Home {
-    cudaEvent_t event = nullptr;
+    cudaEvent_t event = nullptr;  // after the last release
     std::uint64_t releases = 0;
-    std::uint64_t recorded = 0;                  // releases that `event` comes after
     std::map<cudaStream_t, std::uint64_t> seen;  // by stream: releases that it is ordered after
   };
 
@@ -87,7 +86,6 @@ class Pool : public std::enable_shared_from_this<Pool> {
   std::map<std::uint64_t, FreeList> free_of_capture_;
   std::map<cudaStream_t, Home> homes_;
   std::size_t leased_ = 0;
-  bool crossed_ = false;  // some stream has used what another gave back
 };
 
 // The id of the capture that `stream` takes part in; 0: none.

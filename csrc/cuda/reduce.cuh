@@ -138,7 +138,7 @@ __device__ inline void reduce_rows_bulk(const ReduceJob& job, const Pipeline& pi
     if (lane == 0) barrier_arrive_expect(barriers + stage, count * bytes);
     __syncwarp();
     if (entry.rank >= 0) {
-      bulk_load(stages + stage * stage_bytes + static_cast<std::size_t>(lane) * R::kChunk,
+      bulk_load_once(stages + stage * stage_bytes + static_cast<std::size_t>(lane) * R::kChunk,
                 job.rows[entry.rank] + static_cast<std::size_t>(entry.slot) * row_bytes +
                     static_cast<std::size_t>(item.chunk) * R::kChunk,
                 bytes, barriers + stage);

@@ -5,7 +5,6 @@
 #pragma once
 
 #include "cuda/elements.cuh"
-#include "cuda/items.cuh"
 #include "cuda/layout.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/state.h"
@@ -31,7 +30,7 @@ __device__ inline Destination destination_of(std::uint8_t* block, const RowSizes
 struct SendJob {
   RowSource source;
   RowSizes sizes;
-  Span span;  // tokens of this block
+  std::int64_t num_tokens;
   const Entry* entries;
   const std::int32_t* ids;               // with deduplication: what goes beside a row
   const std::int32_t* rank_of_expert;    // likewise
@@ -39,6 +38,7 @@ struct SendJob {
   std::int32_t topk;
   bool deduplicated;
   const Destination* destinations;  // in shared memory
+  std::uint32_t* next_item;         // shared by all blocks; 0 at the start
 };
 
 __device__ inline int scales_per_row(const SendJob& job) {
@@ -103,36 +103,30 @@ __device__ inline void send_metadata(const SendJob& job, std::int64_t token, con
 template <class T>
 __device__ inline void quantize_chunk(std::uint8_t* chunk, int elements, bool power_of_two, float* scales) {
   constexpr int kVectors = 8 / T::kPerVector;
-  constexpr int kUnroll = 2;
+  constexpr int kUnroll = 4;
   const int lane = threadIdx.x & 31;
   const int half = lane / 16;
   const int within = (lane & 15) * 8;
   const int blocks = (elements + static_cast<int>(kFp8Block) - 1) / static_cast<int>(kFp8Block);
   for (int first = 0; first < blocks; first += 2 * kUnroll) {
-    float values[kUnroll][8];
-    float amax[kUnroll];
+    uint4 vectors[kUnroll][kVectors];
+    std::uint32_t peaks[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int column = (first + 2 * u + half) * static_cast<int>(kFp8Block) + within;
-      amax[u] = 0.0f;
+      peaks[u] = 0;
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        uint4 vector = make_uint4(0, 0, 0, 0);
-        if (column < elements) vector = reinterpret_cast<const uint4*>(chunk + column * T::kBytes)[v];
-        float unpacked[T::kPerVector];
-        T::unpack(vector, unpacked);
-#pragma unroll
-        for (int i = 0; i < T::kPerVector; ++i) {
-          values[u][v * T::kPerVector + i] = unpacked[i];
-          amax[u] = fmaxf(amax[u], finite_magnitude(unpacked[i]));
-        }
+        vectors[u][v] = make_uint4(0, 0, 0, 0);
+        if (column < elements) vectors[u][v] = reinterpret_cast<const uint4*>(chunk + column * T::kBytes)[v];
+        peaks[u] = T::larger(peaks[u], T::peak(vectors[u][v]));
       }
     }
 #pragma unroll
     for (int distance = 8; distance > 0; distance /= 2) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        amax[u] = fmaxf(amax[u], __shfl_xor_sync(0xffffffffu, amax[u], distance));
+        peaks[u] = T::larger(peaks[u], __shfl_xor_sync(0xffffffffu, peaks[u], distance));
       }
     }
     __syncwarp();
@@ -140,11 +134,28 @@ __device__ inline void quantize_chunk(std::uint8_t* chunk, int elements, bool po
     for (int u = 0; u < kUnroll; ++u) {
       const int block = first + 2 * u + half;
       const int column = block * static_cast<int>(kFp8Block) + within;
-      const float scale = block_scale(amax[u], power_of_two);
+      float values[8];
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) T::unpack(vectors[u][v], *reinterpret_cast<float(*)[T::kPerVector]>(values + v * T::kPerVector));
+      float amax = T::magnitude(peaks[u]);
+      // Rare: a block with an infinity or NaN, which do not count.
+      const bool finite = amax < __uint_as_float(0x7f800000u);
+      if (!__all_sync(0xffffffffu, finite)) {
+        float largest = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) largest = fmaxf(largest, finite_magnitude(values[i]));
+#pragma unroll
+        for (int distance = 8; distance > 0; distance /= 2) {
+          largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
+        }
+        if (!finite) amax = largest;
+      }
+      const float scale = block_scale(amax, power_of_two);
       const float reciprocal = __fdiv_rn(1.0f, scale);
       if (column < elements) {
         *reinterpret_cast<uint2*>(chunk + column) =
-            make_uint2(to_e4m3x4(values[u], reciprocal), to_e4m3x4(values[u] + 4, reciprocal));
+            finite ? make_uint2(finite_to_e4m3x4(values, reciprocal), finite_to_e4m3x4(values + 4, reciprocal))
+                   : make_uint2(to_e4m3x4(values, reciprocal), to_e4m3x4(values + 4, reciprocal));
       }
       if (within == 0 && block < blocks) scales[block] = scale;
     }
@@ -169,6 +180,51 @@ __host__ __device__ inline std::size_t ring_side_bytes(const Pipeline& pipeline,
   return warps * (pipeline.stages * sizeof(std::uint64_t) + (quantize ? kMostScalesAChunk * sizeof(float) : 0));
 }
 
+struct SendItem {
+  std::int32_t token;
+  std::int32_t chunk;
+  bool valid;
+};
+
+// Items in the order of tokens, handed to whichever warp of whichever block is free: no warp waits at the end for one
+// whose tokens go to more ranks. A warp takes several small ones at a time, and asks for more before it needs them.
+class SendQueue {
+ public:
+  __device__ SendQueue(std::uint32_t* next_item, std::int64_t num_tokens, int chunks, int chunk_bytes)
+      : next_item_(next_item), end_(static_cast<std::uint32_t>(num_tokens) * chunks), chunks_(chunks) {
+    const int several = kBytesAClaim / chunk_bytes;
+    a_claim_ = several > 1 ? several : 1;
+    claimed_ = claim();
+  }
+  // All lanes: the same item for all of them.
+  __device__ SendItem take() {
+    if (left_ == 0) {
+      item_ = __shfl_sync(0xffffffffu, claimed_, 0);
+      left_ = a_claim_;
+      if (item_ < end_) claimed_ = claim();
+    }
+    const std::uint32_t item = item_;
+    ++item_;
+    --left_;
+    return SendItem{static_cast<std::int32_t>(item / chunks_), static_cast<std::int32_t>(item % chunks_), item < end_};
+  }
+
+ private:
+  static constexpr int kBytesAClaim = 8192;
+
+  __device__ std::uint32_t claim() {
+    return (threadIdx.x & 31) == 0 ? atomicAdd(next_item_, static_cast<std::uint32_t>(a_claim_)) : 0;
+  }
+
+  std::uint32_t* next_item_;
+  std::uint32_t end_;
+  std::uint32_t chunks_;
+  int a_claim_;
+  std::uint32_t item_ = 0;
+  int left_ = 0;
+  std::uint32_t claimed_;
+};
+
 // All warps of the pipeline. When it returns, what the calling thread stored has been written.
 template <int kStages>
 __device__ inline void send_rows_bulk(const SendJob& job, const Pipeline& pipeline, const SendRing& ring) {
@@ -190,38 +246,42 @@ __device__ inline void send_rows_bulk(const SendJob& job, const Pipeline& pipeli
     const int left = job.source.hidden - chunk * chunk_elements;
     return left < chunk_elements ? left : chunk_elements;
   };
-  const auto load = [&](const ItemCursor& item, int stage) {
+  const auto load = [&](const SendItem& item, int stage) {
     const std::uint32_t bytes = static_cast<std::uint32_t>(elements_of(item.chunk) * element);
     barrier_arrive_expect(barriers + stage, bytes);
     bulk_load(stages + stage * pipeline.chunk_bytes,
               job.source.rows + item.token * source_row + static_cast<std::size_t>(item.chunk) * chunk_elements * element,
               bytes, barriers + stage);
   };
-  const auto fetch = [&](const ItemCursor& item) {
-    return item.valid() ? entry_of(job.entries, item.token, job.topk) : Entry{-1, -1, -1};
+  const auto fetch = [&](const SendItem& item) {
+    return item.valid ? entry_of(job.entries, item.token, job.topk) : Entry{-1, -1, -1};
   };
 
-  ItemCursor item(job.span.begin, job.span.end, chunks, warp, pipeline.warps);
-  ItemCursor ahead = item;
+  // What is next for this warp: items in flight, the last of them being taken while the first is sent.
+  SendQueue queue(job.next_item, job.num_tokens, chunks, pipeline.chunk_bytes);
+  SendItem items[kAhead + 1];
+#pragma unroll
   for (int i = 0; i < kAhead; ++i) {
-    if (lane == 0 && ahead.valid()) load(ahead, i);
-    ahead.advance();
+    items[i] = queue.take();
+    if (lane == 0 && items[i].valid) load(items[i], i);
   }
-  Entry next = fetch(item);
+  items[kAhead] = queue.take();
+  Entry next = fetch(items[0]);
   int stage = 0;
   std::uint32_t parity = 0;
-  while (item.valid()) {
-    const ItemCursor now = item;
+  while (items[0].valid) {
+    const SendItem now = items[0];
     const Entry entry = next;
-    item.advance();
-    next = fetch(item);
-    if (ahead.valid()) {
+    next = fetch(items[1]);
+    if (items[kAhead].valid) {
       // The stage was stored from kStages - kAhead items ago.
       bulk_wait_read<kStages - kAhead - 1>();
       __syncwarp();
-      if (lane == 0) load(ahead, (stage + kAhead) % kStages);
-      ahead.advance();
+      if (lane == 0) load(items[kAhead], (stage + kAhead) % kStages);
     }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) items[i] = items[i + 1];
+    items[kAhead] = queue.take();
     const int elements = elements_of(now.chunk);
     const int count = count_entries(entry);
     std::uint8_t* data = stages + stage * pipeline.chunk_bytes;
@@ -324,7 +384,8 @@ __device__ inline void quantize_row(const SendJob& job, std::int64_t token, cons
 }
 
 __device__ inline void send_rows_vector(const SendJob& job) {
-  for (std::int64_t token = job.span.begin + threadIdx.x / 32; token < job.span.end; token += kWarps) {
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  for (std::int64_t token = first; token < job.num_tokens; token += static_cast<std::int64_t>(gridDim.x) * kWarps) {
     const Entry entry = entry_of(job.entries, token, job.topk);
     const int count = count_entries(entry);
     if (count == 0) continue;

@@ -71,8 +71,9 @@ struct DeviceState {
   std::uint64_t sequence;    // operations done
   std::uint32_t failed;      // an operation ended fatally: later ones do nothing
   std::uint32_t blocks[2];   // counters of blocks that wrap to 0 by themselves
-  std::uint32_t totals_set;  // expand: number of the pass whose totals are there
-  std::uint64_t bad_route;   // smallest (1 + flat index) << 32 | id of this operation, see layout.cuh; kNoBadRoute
+  std::uint32_t passed;      // mark of the last barrier that all blocks have come to
+  std::uint64_t bad_route;   // smallest flat index in topk_idx of an id out of range; kNoBadRoute
+  std::uint32_t next_item;   // of the rows to send, taken by warps in turn
 };
 
 constexpr std::uint64_t kNoBadRoute = ~0ull;

@@ -107,5 +107,22 @@ __device__ inline bool is_last_block(std::uint32_t* counter) {
   return last;
 }
 
+// A barrier of all blocks: returns when each has come here, and sees what the others wrote before. `mark` is another
+// one than the last time. False: another block has given the operation up and will not come.
+__device__ inline bool wait_for_blocks(DeviceState* state, std::uint32_t mark) {
+  if (is_last_block(&state->blocks[0]) && threadIdx.x == 0) store_release_device(&state->passed, mark);
+  bool ok = true;
+  if (threadIdx.x == 0) {
+    while (ok && load_acquire_device(&state->passed) != mark) ok = load_relaxed_device(&state->failed) == 0;
+  }
+  return __syncthreads_and(ok) != 0;
+}
+
+// Barriers of one operation: the dispatch itself, then its second stage.
+enum class Pass : std::uint32_t { kDispatch = 1, kExpand = 2, kSend = 3 };
+__device__ inline std::uint32_t mark_of(std::uint64_t sequence, Pass pass) {
+  return static_cast<std::uint32_t>(sequence) * 4 + static_cast<std::uint32_t>(pass);
+}
+
 }  // namespace gpu
 }  // namespace moe_ep

@@ -147,8 +147,11 @@ def layers_agree(places: Sequence[Place], wire: str, seeds: int) -> int:
                     expected, got = (_layer(buffer, seed, layout, dtype) for buffer in (first, second))
                     if wire == "fp8" and layout == "expert":
                         # A gate value's gradient is a dot product of rows that are no whole numbers any more, and
-                        # the devices add its terms in different orders.
-                        torch.testing.assert_close(got.pop("weights.grad"), expected.pop("weights.grad"))
+                        # the devices add its terms in different orders: 136 products below 100, each sum rounded to
+                        # 2^-24 of partial sums that may be far larger than the result.
+                        torch.testing.assert_close(
+                            got.pop("weights.grad"), expected.pop("weights.grad"), rtol=1e-5, atol=136 * 100 * 2**-24
+                        )
                     for name, want in expected.items():
                         assert torch.equal(got[name], want), (name, dtype, seed, layout)
                     compared += 1
