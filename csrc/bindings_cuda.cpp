@@ -85,10 +85,15 @@ py::capsule dlpack_of(const std::shared_ptr<Pool::Lease>& lease) {
   });
 }
 
-std::shared_ptr<Pool> make_heap(int device, std::size_t num_ranks, std::size_t num_experts, std::size_t pool_bytes,
-                                std::size_t overflow_bytes) {
-  return std::make_shared<Pool>(device, HeapLayout{num_ranks, num_experts, align_up(pool_bytes, kRegionAlignment),
-                                                   align_up(overflow_bytes, kRegionAlignment)});
+// More parts than this would take too much shared memory to keep track of.
+constexpr std::size_t kMostParts = 32768;
+
+std::shared_ptr<Pool> make_heap(int device, std::size_t num_ranks, std::size_t num_experts, std::size_t max_tokens,
+                                std::size_t pool_bytes, std::size_t overflow_bytes) {
+  const std::size_t parts = (max_tokens + kRowsAPart - 1) / kRowsAPart;
+  return std::make_shared<Pool>(
+      device, HeapLayout{num_ranks, num_experts, align_up(pool_bytes, kRegionAlignment),
+                         align_up(overflow_bytes, kRegionAlignment), num_ranks * parts <= kMostParts ? parts : 0});
 }
 
 py::bytes ipc_handle(const Pool& heap) {
@@ -216,12 +221,11 @@ PYBIND11_MODULE(_cuda, module) {
 
   py::class_<Pool::Lease, std::shared_ptr<Pool::Lease>>(module, "Block")
       .def("dlpack", &dlpack_of)
-      .def_property_readonly("data", [](const Pool::Lease& lease) {
-        return reinterpret_cast<std::uintptr_t>(lease.data());
-      });
+      .def_property_readonly("data",
+                             [](const Pool::Lease& lease) { return reinterpret_cast<std::uintptr_t>(lease.data()); });
   py::class_<Pool, std::shared_ptr<Pool>>(module, "Heap")
       .def(py::init(&make_heap), py::kw_only(), py::arg("device"), py::arg("num_ranks"), py::arg("num_experts"),
-           py::arg("pool_bytes"), py::arg("overflow_bytes"))
+           py::arg("max_tokens"), py::arg("pool_bytes"), py::arg("overflow_bytes"))
       .def("ipc_handle", &ipc_handle)
       .def("leased_bytes", &Pool::leased_bytes);
   py::class_<Routing, std::shared_ptr<Routing>>(module, "Routing")
@@ -260,36 +264,36 @@ PYBIND11_MODULE(_cuda, module) {
       .def("combine", &gpu::combine, py::kw_only(), py::arg("rows"), py::arg("element"), py::arg("hidden"),
            py::arg("routing"), py::arg("weights"), py::arg("values"), py::arg("out"), py::arg("values_out"),
            py::arg("num_sms"), py::arg("stream"), py::arg("home"))
-      .def("lease",
-           [](Communicator& self, std::size_t bytes, std::uintptr_t stream, std::uintptr_t home) {
-             return self.lease(bytes, Streams{stream_of(stream), stream_of(home)});
-           },
-           py::arg("bytes"), py::kw_only(), py::arg("stream"), py::arg("home"))
+      .def(
+          "lease",
+          [](Communicator& self, std::size_t bytes, std::uintptr_t stream, std::uintptr_t home) {
+            return self.lease(bytes, Streams{stream_of(stream), stream_of(home)});
+          },
+          py::arg("bytes"), py::kw_only(), py::arg("stream"), py::arg("home"))
       .def("copy",
            [](Communicator& self, std::uintptr_t to, std::uintptr_t from, std::size_t bytes, std::uintptr_t stream) {
              self.copy(pointer<void>(to), pointer<const void>(from), bytes, stream_of(stream));
            })
       .def("check", &Communicator::check, py::call_guard<py::gil_scoped_release>())
       .def("depart", &Communicator::depart, py::call_guard<py::gil_scoped_release>())
-      .def("routing_bytes",
-           [](const Communicator& self, std::int64_t num_tokens, std::int64_t topk) {
-             return RoutingView::bytes(self.routing_shape(num_tokens, topk));
-           })
-      .def("tune",
-           [](Communicator& self, int send_warps, int send_stages, int chunk_bytes, int reduce_warps,
-              int reduce_stages, int reduce_chunk) {
-             Pipeline send{};
-             send.warps = send_warps;
-             send.stages = send_stages;
-             send.chunk_bytes = chunk_bytes;
-             Pipeline reduce{};
-             reduce.warps = reduce_warps;
-             reduce.stages = reduce_stages;
-             reduce.chunk_bytes = reduce_chunk;
-             self.tune(send, reduce);
-           },
-           py::kw_only(), py::arg("send_warps") = 0, py::arg("send_stages") = 0, py::arg("chunk_bytes") = 0,
-           py::arg("reduce_warps") = 0, py::arg("reduce_stages") = 0, py::arg("reduce_chunk") = 0);
+      .def("routing_bytes", [](const Communicator& self, std::int64_t num_tokens,
+                               std::int64_t topk) { return RoutingView::bytes(self.routing_shape(num_tokens, topk)); })
+      .def(
+          "tune",
+          [](Communicator& self, int send_warps, int send_stages, int chunk_bytes, int reduce_warps, int reduce_stages,
+             int reduce_chunk) {
+            Pipeline send{};
+            send.warps = send_warps;
+            send.stages = send_stages;
+            send.chunk_bytes = chunk_bytes;
+            Pipeline reduce{};
+            reduce.warps = reduce_warps;
+            reduce.stages = reduce_stages;
+            reduce.chunk_bytes = reduce_chunk;
+            self.tune(send, reduce);
+          },
+          py::kw_only(), py::arg("send_warps") = 0, py::arg("send_stages") = 0, py::arg("chunk_bytes") = 0,
+          py::arg("reduce_warps") = 0, py::arg("reduce_stages") = 0, py::arg("reduce_chunk") = 0);
   module.attr("routing_header_bytes") = sizeof(RoutingHeader);
   module.attr("fan_bytes") = sizeof(Entry);
   module.def("device_uuid", &device_uuid, py::arg("device"));

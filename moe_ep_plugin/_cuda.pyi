@@ -16,7 +16,14 @@ class Block:
 
 class Heap:
     def __init__(
-        self, *, device: int, num_ranks: int, num_experts: int, pool_bytes: int, overflow_bytes: int
+        self,
+        *,
+        device: int,
+        num_ranks: int,
+        num_experts: int,
+        max_tokens: int,
+        pool_bytes: int,
+        overflow_bytes: int,
     ) -> None: ...
     def ipc_handle(self) -> bytes: ...
     def leased_bytes(self) -> int: ...

@@ -30,8 +30,8 @@ class FreeList {
 
   // The largest free range, cut to `most`.
   std::optional<Range> take_largest(std::size_t most) {
-    const auto block = std::max_element(free_.begin(), free_.end(),
-                                        [](const auto& a, const auto& b) { return a.second < b.second; });
+    const auto block =
+        std::max_element(free_.begin(), free_.end(), [](const auto& a, const auto& b) { return a.second < b.second; });
     if (block == free_.end()) return std::nullopt;
     return cut(block, std::min(block->second, most));
   }

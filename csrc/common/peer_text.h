@@ -15,6 +15,7 @@ inline const char* step_name(Step step) {
     case Step::kGrant: return "the grant of a receive block";
     case Step::kArrival: return "the arrival of rows";
     case Step::kRead: return "the reading of rows";
+    case Step::kStaged: return "the staging of rows";
   }
   return "an unknown step";
 }
@@ -74,8 +75,9 @@ inline std::string describe_bad_route(std::int64_t token, std::int64_t position,
 }
 
 inline std::string describe_overflow(int rank, std::int64_t need, std::int64_t limit) {
-  return "rank " + std::to_string(rank) + " would receive " + std::to_string(need) + " rows, but its max_recv_tokens is " +
-         std::to_string(limit) + "; raise max_recv_tokens or leave it out for exact sizes";
+  return "rank " + std::to_string(rank) + " would receive " + std::to_string(need) +
+         " rows, but its max_recv_tokens is " + std::to_string(limit) +
+         "; raise max_recv_tokens or leave it out for exact sizes";
 }
 
 }  // namespace moe_ep

@@ -45,10 +45,10 @@ void Communicator::connect(const std::vector<PeerAddress>& peers) {
   most_shared_bytes_ = static_cast<std::size_t>(shared) - kStaticSharedBytes;
   if (const cudaError_t error = prepare_dispatch(most_shared_bytes_); error != cudaSuccess) {
     cudaGetLastError();
-    throw Error(ErrorKind::kUnavailable,
-                "this build has no kernels for compute capability " + std::to_string(major) + ".x (" +
-                    cudaGetErrorString(error) + "); install it again on this machine, or set "
-                    "MOE_EP_CUDA_ARCHITECTURES when building");
+    throw Error(ErrorKind::kUnavailable, "this build has no kernels for compute capability " + std::to_string(major) +
+                                             ".x (" + cudaGetErrorString(error) +
+                                             "); install it again on this machine, or set "
+                                             "MOE_EP_CUDA_ARCHITECTURES when building");
   }
   MOE_EP_CUDA_CHECK(prepare_expand(most_shared_bytes_));
   MOE_EP_CUDA_CHECK(prepare_combine(most_shared_bytes_));
@@ -207,14 +207,18 @@ Pipeline Communicator::send_pipeline(const RowSource& source, const RowSizes& si
 
 // Two stages a warp or more, and the warps and chunks that did best on an H200: many warps where a token has few rows,
 // whose sums are short, and fewer where memory is the limit anyway.
-Pipeline Communicator::reduce_pipeline(std::int64_t row_bytes, int num_sources, int most_entries, bool plain) const {
+Pipeline Communicator::reduce_pipeline(std::int64_t row_bytes, const HeapLayout& layout, int most_entries, bool plain,
+                                       int stage_warps) const {
   Pipeline pipeline{};
   pipeline.use_bulk = has_bulk_ && row_bytes % 16 == 0;
   pipeline.chunk_bytes = plain && most_entries <= 2 ? kWideReduceChunk : kReduceChunk;
   if (tuned_reduce_.chunk_bytes > 0) pipeline.chunk_bytes = tuned_reduce_.chunk_bytes;
-  const std::size_t room = most_shared_bytes_ - align_up(at(num_sources) * 24, 128) - 256;
+  // The barriers are counted with the stages, so here without those of any warp.
+  const std::size_t room =
+      most_shared_bytes_ - combine_fixed_bytes(layout, Pipeline{}) - 128 - at(stage_warps) * 2 * kStageChunk;
   const std::size_t stage = at(most_entries) * at(pipeline.chunk_bytes) + sizeof(std::uint64_t);
-  const int most_warps = tuned_reduce_.warps > 0 ? tuned_reduce_.warps : most_entries <= 4 ? kWarps : 10;
+  int most_warps = tuned_reduce_.warps > 0 ? tuned_reduce_.warps : most_entries <= 4 ? kWarps : 10;
+  most_warps = std::min(most_warps, kWarps - stage_warps);
   for (int warps = most_warps; warps >= 1; --warps) {
     pipeline.warps = warps;
     pipeline.stages = static_cast<std::int32_t>(std::min<std::size_t>(kMostStages, room / (stage * at(warps))));

@@ -80,7 +80,7 @@ struct ExpandArguments {
   const DispatchResult* staged;
   Element element;  // of the rows as they arrived
   std::int32_t hidden;
-  bool fresh;       // the fan-out is not known yet
+  bool fresh;  // the fan-out is not known yet
   std::int32_t* ids;
   std::uint8_t* block;
   int num_sms;
@@ -158,7 +158,8 @@ class Communicator {
   int num_ranks() const { return static_cast<int>(bases_.size()); }
   int blocks_for(int num_sms, std::int64_t items, int warps) const;
   Pipeline send_pipeline(const RowSource& source, const RowSizes& sizes, int num_destinations) const;
-  Pipeline reduce_pipeline(std::int64_t row_bytes, int num_sources, int most_entries, bool plain) const;
+  Pipeline reduce_pipeline(std::int64_t row_bytes, const HeapLayout& layout, int most_entries, bool plain,
+                           int stage_warps) const;
   int count_warps(int bins) const;
   void queue_behind(cudaStream_t stream);
   void queued(cudaStream_t stream);

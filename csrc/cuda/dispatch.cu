@@ -99,7 +99,16 @@ __device__ void place_bins(const DispatchParams& params, std::uint64_t sequence,
       before += source < group.rank ? count : 0;
     }
     totals[bin] = total;
+    if (bin >= routes.num_experts) params.routing.first_at_rank[bin - routes.num_experts] = before;
     first[bin] = before + counts_before(group.block_counts, bins, bin, blockIdx.x);
+  }
+  for (int end = threadIdx.x; end <= group.num_ranks; end += blockDim.x) {
+    std::int64_t rows = 0;
+    for (int source = 0; source < end; ++source) {
+      rows +=
+          load_cached_in_l2(counts_of(post_of(group, group.rank, sequence, source)) + routes.num_experts + group.rank);
+    }
+    params.routing.source_first[end] = rows;
   }
   __syncthreads();
   const int lane = threadIdx.x & 31;
@@ -177,9 +186,9 @@ __device__ void judge_room(const DispatchParams& params, std::uint64_t sequence,
     verdict.values[1] = verdict.outcome == Outcome::kNoRoom
                             ? static_cast<std::int64_t>(params.sizes.block(shared.rows_at_rank[rank]).total)
                             : shared.needed[rank];
-    verdict.values[2] = post_field(params.group, sequence, rank,
-                                   verdict.outcome == Outcome::kNoRoom ? &OperationPost::block_bytes
-                                                                       : &OperationPost::max_recv_rows);
+    verdict.values[2] =
+        post_field(params.group, sequence, rank,
+                   verdict.outcome == Outcome::kNoRoom ? &OperationPost::block_bytes : &OperationPost::max_recv_rows);
     verdict.values[3] = 0;
   }
   __syncthreads();
@@ -247,6 +256,9 @@ __device__ void give_up(const DispatchParams& params, std::uint64_t sequence, co
   for (int rank = threadIdx.x; rank < group.num_ranks; rank += blockDim.x) {
     const std::int64_t fixed = post_field(group, sequence, rank, &OperationPost::block_rows);
     params.routing.rows_at_rank[rank] = fixed < 0 ? 0 : fixed;
+  }
+  for (int source = threadIdx.x; source <= group.num_ranks; source += blockDim.x) {
+    params.routing.source_first[source] = 0;
   }
   if (threadIdx.x == 0) {
     params.routing.header->id = sequence;
@@ -316,8 +328,7 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_cons
     }
     for (int rank = threadIdx.x; rank < group.num_ranks; rank += blockDim.x) {
       const std::int64_t offset = post_field(group, sequence, rank, &OperationPost::block_offset);
-      shared.destinations[rank] =
-          destination_of(group.bases[rank] + offset, params.sizes, shared.rows_at_rank[rank]);
+      shared.destinations[rank] = destination_of(group.bases[rank] + offset, params.sizes, shared.rows_at_rank[rank]);
     }
     __syncthreads();
     const bool staged = params.deduplicated && params.layout == RowLayout::kExpert;
@@ -326,8 +337,8 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_cons
       clear_padding(shared.destinations[group.rank], params.sizes, params.routing, params.layout, local,
                     group.alignment, shared.rows_at_rank[group.rank]);
     }
-    const SendJob job{params.source,       params.sizes,         params.num_tokens,     params.routing.entries,
-                      params.routing.ids,  group.rank_of_expert, group.local_of_expert, params.topk,
+    const SendJob job{params.source,       params.sizes,         params.num_tokens,      params.routing.entries,
+                      params.routing.ids,  group.rank_of_expert, group.local_of_expert,  params.topk,
                       params.deduplicated, shared.destinations,  &group.state->next_item};
     send_rows(job, params.pipeline, SendRing{shared.scratch, shared.barriers, shared.scales});
   } else {
@@ -342,8 +353,7 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_cons
 
 std::size_t dispatch_shared_bytes(const DispatchParams& params) {
   const int bins = params.group.num_experts + params.group.num_ranks;
-  const std::size_t counters =
-      params.fresh ? DispatchShared::counter_bytes(bins, params.pipeline.count_warps) : 0;
+  const std::size_t counters = params.fresh ? DispatchShared::counter_bytes(bins, params.pipeline.count_warps) : 0;
   const std::size_t ring = ring_bytes(params.pipeline);
   const std::size_t fixed =
       DispatchShared::fixed_bytes(params.group.num_ranks, params.pipeline, params.source.quantize);

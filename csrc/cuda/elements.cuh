@@ -117,9 +117,16 @@ __device__ inline void visit_element(Element element, Visitor&& visit) {
   __trap();
 }
 
+// a / 448, rounded correctly: a product and one step of refinement, which tests compare with the division.
+__device__ inline float divided_by_fp8_max(float a) {
+  constexpr float kInverse = 1.0f / kFp8Max;
+  const float quotient = __fmul_rn(a, kInverse);
+  return __fmaf_rn(__fmaf_rn(-kFp8Max, quotient, a), kInverse, quotient);
+}
+
 // The scale of a block whose largest finite magnitude is `amax`.
 __device__ inline float block_scale(float amax, bool power_of_two) {
-  float scale = __fdiv_rn(fmaxf(amax, kMinAmax), kFp8Max);
+  float scale = divided_by_fp8_max(fmaxf(amax, kMinAmax));
   if (power_of_two) scale = __uint_as_float((__float_as_uint(scale) + 0x7fffffu) & 0x7f800000u);
   return scale;
 }

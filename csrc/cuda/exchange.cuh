@@ -51,8 +51,8 @@ __device__ inline void judge_posts(const Group& group, std::uint64_t sequence, V
   __syncthreads();
   const int compared = group.num_ranks * kNumComparedFields;
   const auto field_of = [&](int source, int field) {
-    return load_cached_in_l2(
-        reinterpret_cast<const std::int64_t*>(post_of(group, group.rank, sequence, source)) + field);
+    return load_cached_in_l2(reinterpret_cast<const std::int64_t*>(post_of(group, group.rank, sequence, source)) +
+                             field);
   };
   for (int i = threadIdx.x; i < compared; i += blockDim.x) {
     const int source = i / kNumComparedFields;

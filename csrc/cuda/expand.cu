@@ -42,8 +42,7 @@ __global__ void __launch_bounds__(kThreads, 1) expand_kernel(const __grid_consta
     if (!wait_for_blocks(state, mark_of(state->sequence, Pass::kExpand))) return;
     for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) {
       const std::int64_t start = bin < params.num_local_experts ? params.routing.local_first[bin] : 0;
-      first[bin] = static_cast<std::int32_t>(start) +
-                   counts_before(params.group.block_counts, bins, bin, blockIdx.x);
+      first[bin] = static_cast<std::int32_t>(start) + counts_before(params.group.block_counts, bins, bin, blockIdx.x);
     }
     __syncthreads();
     counts_to_slots(bins, count_warps, first, counters);
@@ -54,8 +53,8 @@ __global__ void __launch_bounds__(kThreads, 1) expand_kernel(const __grid_consta
   __syncthreads();
   clear_padding(*shared.destination, params.sizes, params.routing, RowLayout::kExpert, params.num_local_experts,
                 params.group.alignment, params.num_rows);
-  const SendJob job{params.source, params.sizes, received, params.fan, nullptr, nullptr, nullptr, params.topk, false,
-                    shared.destination, &state->next_item};
+  const SendJob job{params.source, params.sizes, received, params.fan,         nullptr,          nullptr,
+                    nullptr,       params.topk,  false,    shared.destination, &state->next_item};
   send_rows(job, params.pipeline, SendRing{shared.scratch, shared.barriers, nullptr});
   if (is_last_block(&state->blocks[1]) && threadIdx.x == 0) state->next_item = 0;
 }

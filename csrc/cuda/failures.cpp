@@ -30,9 +30,7 @@ inline void relax() {
 #endif
 }
 
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 }  // namespace
 
@@ -118,8 +116,8 @@ void Communicator::throw_outcome(const ReportedOutcome& reported) {
   switch (outcome) {
     case Outcome::kOk: break;
     case Outcome::kNoRoom:
-      throw Error(ErrorKind::kCapacity, "rank " + std::to_string(rank) + " has no room for its rows in " + where + " (" +
-                                            std::to_string(values[1]) + " bytes)" +
+      throw Error(ErrorKind::kCapacity, "rank " + std::to_string(rank) + " has no room for its rows in " + where +
+                                            " (" + std::to_string(values[1]) + " bytes)" +
                                             "; raise pool_bytes, hold fewer received tensors, or use "
                                             "backend='collective'");
     case Outcome::kOverflow: throw Error(ErrorKind::kCapacity, describe_overflow(rank, values[1], values[2]));
@@ -195,7 +193,8 @@ void Communicator::depart(std::uint32_t state, const std::string& text) {
   std::strncpy(departure.text, text.c_str(), kDepartureText - 1);
   for (int reader = 0; reader < num_ranks(); ++reader) {
     if (reader == rank_) continue;
-    std::uint8_t* to = bases_[static_cast<std::size_t>(reader)] + pool_->layout().departure(static_cast<std::size_t>(rank_));
+    std::uint8_t* to =
+        bases_[static_cast<std::size_t>(reader)] + pool_->layout().departure(static_cast<std::size_t>(rank_));
     // The state comes after the text that it announces. Errors can't be told to anyone any more.
     cudaMemcpyAsync(to + offsetof(Departure, text), departure.text, kDepartureText, cudaMemcpyHostToDevice, control_);
     cudaMemcpyAsync(to, &departure.state, sizeof(departure.state), cudaMemcpyHostToDevice, control_);

@@ -34,8 +34,8 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
   DispatchParams params{};
   params.group = group_;
   params.source = arguments.source;
-  params.sizes.row = bytes32(at(arguments.source.hidden) *
-                             element_bytes(quantized ? Element::kFloat8 : arguments.source.element));
+  params.sizes.row =
+      bytes32(at(arguments.source.hidden) * element_bytes(quantized ? Element::kFloat8 : arguments.source.element));
   params.sizes.scale =
       quantized ? bytes32((at(arguments.source.hidden) + kFp8Block - 1) / kFp8Block * sizeof(float)) : 0;
   params.sizes.weight = arguments.has_weights ? bytes32(sizeof(float) * (deduplicated ? at(topk) : 1)) : 0;
@@ -76,8 +76,8 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
   if (waits) {
     // As much as there can be; what is not needed goes back as soon as the counts are known.
     const std::int64_t experts = num_local_experts_;
-    const std::int64_t most = deduplicated ? most_received_rows()
-                                           : most_received_rows() * topk + experts * (options_.alignment - 1);
+    const std::int64_t most =
+        deduplicated ? most_received_rows() : most_received_rows() * topk + experts * (options_.alignment - 1);
     const std::size_t bytes = params.sizes.block(most).total;
     room.lease = pool_->allocate_largest(bytes, arguments.streams.run, arguments.streams.home);
     if (room.lease == nullptr) {
@@ -89,7 +89,8 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
   } else {
     room = find_room(params.sizes.block(routing.block_rows).total, arguments.streams);
   }
-  const std::int64_t row_bytes = arguments.source.hidden * static_cast<std::int64_t>(element_bytes(params.source.element));
+  const std::int64_t row_bytes =
+      arguments.source.hidden * static_cast<std::int64_t>(element_bytes(params.source.element));
   const std::int64_t items = arguments.num_tokens * chunks_of(row_bytes, params.pipeline.chunk_bytes);
   const int blocks = blocks_for(arguments.num_sms, items, params.pipeline.warps);
   for (bool first_try = true;; first_try = false) {
@@ -179,6 +180,10 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
   const bool weights_in_place = shares_weights && pool_->contains(arguments.weights);
   const bool values_in_place = !reduces_first && arguments.has_values && pool_->contains(arguments.values);
 
+  // Rows of layout rank are copied by the kernel itself, while peers read what is there already.
+  const bool in_parts = !in_place && routing.layout == RowLayout::kRank && has_bulk_ && row_bytes % 16 == 0 &&
+                        shared_rows > 0 && pool_->layout().staged_parts > 0;
+
   queue_behind(arguments.streams.run);
   // Rows, weights and values that peers read, each where it is not in place already.
   const ReceiveBlock arrays = ReceiveBlock::make(
@@ -192,8 +197,8 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
   float* values = reinterpret_cast<float*>(block + arrays.indices);
   if (room.bytes >= 0 && reduces_first) {
     ReduceParams params{};
-    params.pipeline = reduce_pipeline(static_cast<std::int64_t>(row_bytes), 1, static_cast<int>(routing.topk),
-                                      !arguments.has_weights);
+    params.pipeline = reduce_pipeline(static_cast<std::int64_t>(row_bytes), HeapLayout{1, 0, 0, 0},
+                                      static_cast<int>(routing.topk), !arguments.has_weights, 0);
     params.fan = routing.fan;
     params.received_rows = &routing.view.header->received_rows;
     params.topk = static_cast<std::int32_t>(routing.topk);
@@ -204,12 +209,13 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
     params.values = arguments.has_values ? arguments.values : nullptr;
     params.out = block + arrays.rows;
     params.values_out = values;
-    const std::int64_t items =
-        static_cast<std::int64_t>(shared_rows) * chunks_of(static_cast<std::int64_t>(row_bytes), params.pipeline.chunk_bytes);
-    MOE_EP_CUDA_CHECK(launch_reduce(params, blocks_for(arguments.num_sms, items, params.pipeline.warps),
-                                    arguments.streams.run));
+    const std::int64_t items = static_cast<std::int64_t>(shared_rows) *
+                               chunks_of(static_cast<std::int64_t>(row_bytes), params.pipeline.chunk_bytes);
+    MOE_EP_CUDA_CHECK(
+        launch_reduce(params, blocks_for(arguments.num_sms, items, params.pipeline.warps), arguments.streams.run));
   } else if (room.bytes >= 0 && shared_rows > 0) {
-    if (!in_place) copy(block + arrays.rows, arguments.rows, shared_rows * row_bytes, arguments.streams.run);
+    if (!in_place && !in_parts)
+      copy(block + arrays.rows, arguments.rows, shared_rows * row_bytes, arguments.streams.run);
     if (shares_weights && !weights_in_place) {
       copy(block + arrays.weights, arguments.weights, shared_rows * sizeof(float), arguments.streams.run);
     }
@@ -221,10 +227,12 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
   const auto offset_of = [&](const void* address) { return static_cast<const std::uint8_t*>(address) - pool_->base(); };
   CombineParams params{};
   params.group = group_;
-  params.most_entries =
-      static_cast<std::int32_t>(routing.deduplicated() ? std::min<std::int64_t>(routing.topk, num_ranks()) : routing.topk);
-  params.pipeline = reduce_pipeline(static_cast<std::int64_t>(row_bytes), num_ranks(), params.most_entries,
-                                    routing.deduplicated() && !shares_weights);
+  params.most_entries = static_cast<std::int32_t>(
+      routing.deduplicated() ? std::min<std::int64_t>(routing.topk, num_ranks()) : routing.topk);
+  params.pipeline = reduce_pipeline(static_cast<std::int64_t>(row_bytes), group_.layout, params.most_entries,
+                                    routing.deduplicated() && !shares_weights, in_parts ? kStageWarps : 0);
+  params.unstaged = in_parts ? arguments.rows : nullptr;
+  params.stage_warps = in_parts ? kStageWarps : 0;
   params.routing = routing.view;
   params.num_tokens = routing.num_tokens;
   params.topk = static_cast<std::int32_t>(routing.topk);
@@ -243,8 +251,11 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
   params.values_out = arguments.values_out;
   const std::int64_t items =
       routing.num_tokens * chunks_of(static_cast<std::int64_t>(row_bytes), params.pipeline.chunk_bytes);
-  MOE_EP_CUDA_CHECK(
-      launch_combine(params, blocks_for(arguments.num_sms, items, params.pipeline.warps), arguments.streams.run));
+  // A rank with few tokens of its own may have many rows to copy.
+  const std::int64_t copies = in_parts ? static_cast<std::int64_t>(shared_rows / kRowsAPart) : 0;
+  const int blocks = std::max(blocks_for(arguments.num_sms, items, params.pipeline.warps),
+                              blocks_for(arguments.num_sms, copies, kStageWarps));
+  MOE_EP_CUDA_CHECK(launch_combine(params, blocks, arguments.streams.run));
   queued(arguments.streams.run);
 
   CombineResult result;

@@ -41,8 +41,8 @@ Pool::Pool(int device, const HeapLayout& layout) : device_(device), layout_(layo
     cudaMemGetInfo(&available, &total);
     throw Error(ErrorKind::kUnavailable,
                 "no room for a heap of " + std::to_string(layout.total_bytes() >> 20) + " MiB on device " +
-                    std::to_string(device) + " (" + std::to_string(available >> 20) + " MiB are free): " +
-                    cudaGetErrorString(error) + "; set pool_bytes, or lower max_tokens_per_rank");
+                    std::to_string(device) + " (" + std::to_string(available >> 20) +
+                    " MiB are free): " + cudaGetErrorString(error) + "; set pool_bytes, or lower max_tokens_per_rank");
   }
   base_ = static_cast<std::uint8_t*>(memory);
   MOE_EP_CUDA_CHECK(cudaMemset(base_, 0, layout.control_bytes()));

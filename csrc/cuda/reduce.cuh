@@ -33,8 +33,8 @@ struct ReduceRing {
 template <class ElementType, int kVectorsALane, bool kIsPlain>
 struct Reduction {
   using Element = ElementType;
-  static constexpr int kVectors = kVectorsALane;      // of 16 bytes that a lane sums at a time
-  static constexpr int kChunk = kVectors * 32 * 16;   // bytes of a row
+  static constexpr int kVectors = kVectorsALane;     // of 16 bytes that a lane sums at a time
+  static constexpr int kChunk = kVectors * 32 * 16;  // bytes of a row
   // No weights, and rows of one rank or one row a rank: adding up is all there is, with the same bits.
   static constexpr bool kPlain = kIsPlain;
 };
@@ -120,8 +120,14 @@ __device__ inline ItemCursor first_item(const ReduceJob& job, int row_bytes, int
                     static_cast<int>(gridDim.x) * warps);
 }
 
-template <class R>
-__device__ inline void reduce_rows_bulk(const ReduceJob& job, const Pipeline& pipeline, const ReduceRing& ring) {
+// Rows that can all be read from the start. Another gate may make the warp wait before an item is loaded.
+struct OpenGate {
+  __device__ void wait(const Entry&) const {}
+};
+
+template <class R, class Gate>
+__device__ inline void reduce_rows_bulk(const ReduceJob& job, const Pipeline& pipeline, const ReduceRing& ring,
+                                        const Gate& gate) {
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x & 31;
   if (warp >= pipeline.warps) return;
@@ -133,15 +139,16 @@ __device__ inline void reduce_rows_bulk(const ReduceJob& job, const Pipeline& pi
 
   const auto load = [&](const ItemCursor& item, const Entry& entry, int stage) {
     if (!item.valid()) return;
+    gate.wait(entry);
     const int count = __popc(__ballot_sync(0xffffffffu, entry.rank >= 0));
     const std::uint32_t bytes = static_cast<std::uint32_t>(chunk_bytes<R>(row_bytes, item.chunk));
     if (lane == 0) barrier_arrive_expect(barriers + stage, count * bytes);
     __syncwarp();
     if (entry.rank >= 0) {
       bulk_load_once(stages + stage * stage_bytes + static_cast<std::size_t>(lane) * R::kChunk,
-                job.rows[entry.rank] + static_cast<std::size_t>(entry.slot) * row_bytes +
-                    static_cast<std::size_t>(item.chunk) * R::kChunk,
-                bytes, barriers + stage);
+                     job.rows[entry.rank] + static_cast<std::size_t>(entry.slot) * row_bytes +
+                         static_cast<std::size_t>(item.chunk) * R::kChunk,
+                     bytes, barriers + stage);
     }
   };
 
@@ -240,9 +247,9 @@ __device__ inline void reduce_rows_vector(const ReduceJob& job) {
           const int at = (v * 32 + lane) * 16;
           held[u][v] = make_uint4(0, 0, 0, 0);
           if (first + u < count && at < bytes) {
-            held[u][v] = load_streaming(reinterpret_cast<const uint4*>(
-                job.rows[rank] + static_cast<std::size_t>(slot) * row_bytes +
-                static_cast<std::size_t>(item.chunk) * R::kChunk + at));
+            held[u][v] = load_streaming(
+                reinterpret_cast<const uint4*>(job.rows[rank] + static_cast<std::size_t>(slot) * row_bytes +
+                                               static_cast<std::size_t>(item.chunk) * R::kChunk + at));
           }
         }
       }
@@ -268,16 +275,21 @@ __device__ inline void reduce_rows_vector(const ReduceJob& job) {
   }
 }
 
+// All threads of a block, before its warps go different ways.
+__device__ inline void prepare_ring(const Pipeline& pipeline, const ReduceRing& ring) {
+  for (int i = threadIdx.x; i < pipeline.warps * pipeline.stages; i += blockDim.x) barrier_init(ring.barriers + i, 1);
+  fence_barrier_init();
+  fence_bulk_to_global();
+  __syncthreads();
+}
+
 // All threads of a block.
 template <class R>
 __device__ inline void reduce_rows(const ReduceJob& job, const Pipeline& pipeline, const ReduceRing& ring) {
 #if defined(MOE_EP_BULK_COPIES)
   if (pipeline.use_bulk) {
-    for (int i = threadIdx.x; i < pipeline.warps * pipeline.stages; i += blockDim.x) barrier_init(ring.barriers + i, 1);
-    fence_barrier_init();
-    fence_bulk_to_global();
-    __syncthreads();
-    reduce_rows_bulk<R>(job, pipeline, ring);
+    prepare_ring(pipeline, ring);
+    reduce_rows_bulk<R>(job, pipeline, ring, OpenGate{});
     return;
   }
 #endif

@@ -32,9 +32,9 @@ struct SendJob {
   RowSizes sizes;
   std::int64_t num_tokens;
   const Entry* entries;
-  const std::int32_t* ids;               // with deduplication: what goes beside a row
-  const std::int32_t* rank_of_expert;    // likewise
-  const std::int32_t* local_of_expert;   // likewise
+  const std::int32_t* ids;              // with deduplication: what goes beside a row
+  const std::int32_t* rank_of_expert;   // likewise
+  const std::int32_t* local_of_expert;  // likewise
   std::int32_t topk;
   bool deduplicated;
   const Destination* destinations;  // in shared memory
@@ -98,68 +98,91 @@ __device__ inline void send_metadata(const SendJob& job, std::int64_t token, con
   }
 }
 
-// Quantises a chunk in place: whole blocks of 128 but for a row's last, in units of 16 elements. A half-warp takes a
-// block, eight elements a lane. What a step writes lies before what later steps read.
-template <class T>
-__device__ inline void quantize_chunk(std::uint8_t* chunk, int elements, bool power_of_two, float* scales) {
+// Four blocks of 128, from block `first` of a chunk, in place: a half-warp takes every other one, eight elements a
+// lane. What is written lies before what later calls read. kWhole: all four are there.
+template <class T, bool kWhole>
+__device__ inline void quantize_four_blocks(std::uint8_t* chunk, int first, int elements, bool power_of_two,
+                                            float* scales) {
   constexpr int kVectors = 8 / T::kPerVector;
-  constexpr int kUnroll = 4;
   const int lane = threadIdx.x & 31;
-  const int half = lane / 16;
-  const int within = (lane & 15) * 8;
-  const int blocks = (elements + static_cast<int>(kFp8Block) - 1) / static_cast<int>(kFp8Block);
-  for (int first = 0; first < blocks; first += 2 * kUnroll) {
-    uint4 vectors[kUnroll][kVectors];
-    std::uint32_t peaks[kUnroll];
+  const int half = lane & 16;
+  const int column = first * static_cast<int>(kFp8Block) + half * 8 + (lane & 15) * 8;
+  constexpr int kNext = 2 * static_cast<int>(kFp8Block);  // elements to the half-warp's other block
+  uint4 vectors[2][kVectors];
+  std::uint32_t peaks[2] = {0, 0};
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int column = (first + 2 * u + half) * static_cast<int>(kFp8Block) + within;
-      peaks[u] = 0;
+  for (int u = 0; u < 2; ++u) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      vectors[u][v] = make_uint4(0, 0, 0, 0);
+      if (kWhole || column + u * kNext < elements) {
+        vectors[u][v] = reinterpret_cast<const uint4*>(chunk + (column + u * kNext) * T::kBytes)[v];
+      }
+      peaks[u] = T::larger(peaks[u], T::peak(vectors[u][v]));
+    }
+  }
+#pragma unroll
+  for (int distance = 8; distance > 0; distance /= 2) {
+#pragma unroll
+    for (int u = 0; u < 2; ++u) peaks[u] = T::larger(peaks[u], __shfl_xor_sync(0xffffffffu, peaks[u], distance));
+  }
+  __syncwarp();
+  // Odd lanes work out the second block's scale beside the even ones' first.
+  const int own = lane & 1;
+  float amax = T::magnitude(own == 0 ? peaks[0] : peaks[1]);
+  const bool finite = __all_sync(0xffffffffu, amax < __uint_as_float(0x7f800000u)) != 0;
+  if (!finite) {
+    // Rare: infinities and NaN, which do not count.
+    float largest[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        vectors[u][v] = make_uint4(0, 0, 0, 0);
-        if (column < elements) vectors[u][v] = reinterpret_cast<const uint4*>(chunk + column * T::kBytes)[v];
-        peaks[u] = T::larger(peaks[u], T::peak(vectors[u][v]));
+        float values[T::kPerVector];
+        T::unpack(vectors[u][v], values);
+#pragma unroll
+        for (int i = 0; i < T::kPerVector; ++i) largest[u] = fmaxf(largest[u], finite_magnitude(values[i]));
+      }
+#pragma unroll
+      for (int distance = 8; distance > 0; distance /= 2) {
+        largest[u] = fmaxf(largest[u], __shfl_xor_sync(0xffffffffu, largest[u], distance));
       }
     }
+    amax = own == 0 ? largest[0] : largest[1];
+  }
+  const float scale = block_scale(amax, power_of_two);
+  const float inverse = __frcp_rn(scale);
+  const int block = first + half / 16 + 2 * own;
+  if ((lane & 15) < 2 && (kWhole || block * static_cast<int>(kFp8Block) < elements)) scales[block] = scale;
 #pragma unroll
-    for (int distance = 8; distance > 0; distance /= 2) {
+  for (int u = 0; u < 2; ++u) {
+    const float reciprocal = __shfl_sync(0xffffffffu, inverse, half | u);
+    float values[8];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        peaks[u] = T::larger(peaks[u], __shfl_xor_sync(0xffffffffu, peaks[u], distance));
-      }
+    for (int v = 0; v < kVectors; ++v) {
+      float unpacked[T::kPerVector];
+      T::unpack(vectors[u][v], unpacked);
+#pragma unroll
+      for (int i = 0; i < T::kPerVector; ++i) values[v * T::kPerVector + i] = unpacked[i];
     }
-    __syncwarp();
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int block = first + 2 * u + half;
-      const int column = block * static_cast<int>(kFp8Block) + within;
-      float values[8];
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) T::unpack(vectors[u][v], *reinterpret_cast<float(*)[T::kPerVector]>(values + v * T::kPerVector));
-      float amax = T::magnitude(peaks[u]);
-      // Rare: a block with an infinity or NaN, which do not count.
-      const bool finite = amax < __uint_as_float(0x7f800000u);
-      if (!__all_sync(0xffffffffu, finite)) {
-        float largest = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) largest = fmaxf(largest, finite_magnitude(values[i]));
-#pragma unroll
-        for (int distance = 8; distance > 0; distance /= 2) {
-          largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
-        }
-        if (!finite) amax = largest;
-      }
-      const float scale = block_scale(amax, power_of_two);
-      const float reciprocal = __fdiv_rn(1.0f, scale);
-      if (column < elements) {
-        *reinterpret_cast<uint2*>(chunk + column) =
-            finite ? make_uint2(finite_to_e4m3x4(values, reciprocal), finite_to_e4m3x4(values + 4, reciprocal))
-                   : make_uint2(to_e4m3x4(values, reciprocal), to_e4m3x4(values + 4, reciprocal));
-      }
-      if (within == 0 && block < blocks) scales[block] = scale;
-    }
-    __syncwarp();
+    const uint2 quantized =
+        finite ? make_uint2(finite_to_e4m3x4(values, reciprocal), finite_to_e4m3x4(values + 4, reciprocal))
+               : make_uint2(to_e4m3x4(values, reciprocal), to_e4m3x4(values + 4, reciprocal));
+    if (kWhole || column + u * kNext < elements) *reinterpret_cast<uint2*>(chunk + column + u * kNext) = quantized;
+  }
+  __syncwarp();
+}
+
+// Quantises a chunk in place: whole blocks of 128 but for a row's last, in units of 16 elements.
+template <class T>
+__device__ inline void quantize_chunk(std::uint8_t* chunk, int elements, bool power_of_two, float* scales) {
+  constexpr int kFour = 4 * static_cast<int>(kFp8Block);
+  int done = 0;
+  for (; done + kFour <= elements; done += kFour) {
+    quantize_four_blocks<T, true>(chunk, done / static_cast<int>(kFp8Block), elements, power_of_two, scales);
+  }
+  if (done < elements) {
+    quantize_four_blocks<T, false>(chunk, done / static_cast<int>(kFp8Block), elements, power_of_two, scales);
   }
 }
 
@@ -249,9 +272,10 @@ __device__ inline void send_rows_bulk(const SendJob& job, const Pipeline& pipeli
   const auto load = [&](const SendItem& item, int stage) {
     const std::uint32_t bytes = static_cast<std::uint32_t>(elements_of(item.chunk) * element);
     barrier_arrive_expect(barriers + stage, bytes);
-    bulk_load(stages + stage * pipeline.chunk_bytes,
-              job.source.rows + item.token * source_row + static_cast<std::size_t>(item.chunk) * chunk_elements * element,
-              bytes, barriers + stage);
+    bulk_load(
+        stages + stage * pipeline.chunk_bytes,
+        job.source.rows + item.token * source_row + static_cast<std::size_t>(item.chunk) * chunk_elements * element,
+        bytes, barriers + stage);
   };
   const auto fetch = [&](const SendItem& item) {
     return item.valid ? entry_of(job.entries, item.token, job.topk) : Entry{-1, -1, -1};
@@ -287,9 +311,8 @@ __device__ inline void send_rows_bulk(const SendJob& job, const Pipeline& pipeli
     std::uint8_t* data = stages + stage * pipeline.chunk_bytes;
     barrier_wait(barriers + stage, parity);
     if (job.source.quantize) {
-      visit_element(job.source.element, [&](auto tag) {
-        quantize_chunk<decltype(tag)>(data, elements, job.source.power_of_two, scales);
-      });
+      visit_element(job.source.element,
+                    [&](auto tag) { quantize_chunk<decltype(tag)>(data, elements, job.source.power_of_two, scales); });
       fence_shared_to_bulk();
       __syncwarp();
     }
@@ -373,7 +396,7 @@ __device__ inline void quantize_row(const SendJob& job, std::int64_t token, cons
       amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, distance));
     }
     const float scale = block_scale(amax, job.source.power_of_two);
-    const std::uint32_t quantized = to_e4m3x4(values, __fdiv_rn(1.0f, scale));
+    const std::uint32_t quantized = to_e4m3x4(values, __frcp_rn(scale));
     for_each_entry(job, entry, count, [&](const Destination& to, std::size_t slot, int) {
       if (column < job.source.hidden) {
         *reinterpret_cast<std::uint32_t*>(to.rows + slot * job.sizes.row + column) = quantized;

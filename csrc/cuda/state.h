@@ -20,14 +20,14 @@ constexpr int kWideReduceChunk = 2048;
 // How an operation ended, where it did not end well. The first one is kept until the host has seen it.
 enum class Outcome : std::uint32_t {
   kOk = 0,
-  kNoRoom,     // a rank's block is too small for its rows: [rank, need bytes, block bytes]
-  kOverflow,   // more rows than max_recv_tokens: [rank, need, limit]
-  kTooMany,    // more rows than 32-bit slots: [rank, need]
-  kBadRoute,   // an id out of range: [rank, 1 + index in topk_idx, id, topk]
-  kMismatch,   // ranks disagree: [rank, compared field, theirs, mine]
-  kTimeout,    // [rank, step, seen]
-  kLost,       // [rank, step, seen, departure state]
-  kAborted,    // the host gave up: [rank, step, seen]
+  kNoRoom,    // a rank's block is too small for its rows: [rank, need bytes, block bytes]
+  kOverflow,  // more rows than max_recv_tokens: [rank, need, limit]
+  kTooMany,   // more rows than 32-bit slots: [rank, need]
+  kBadRoute,  // an id out of range: [rank, 1 + index in topk_idx, id, topk]
+  kMismatch,  // ranks disagree: [rank, compared field, theirs, mine]
+  kTimeout,   // [rank, step, seen]
+  kLost,      // [rank, step, seen, departure state]
+  kAborted,   // the host gave up: [rank, step, seen]
 };
 
 // Outcomes after which the buffer can go on: every rank gave the same operation up together.
@@ -45,8 +45,8 @@ struct ReportedOutcome {
 // Host-mapped memory, one a rank. `call` belongs to the call that waits for it; `failure` is the first outcome of
 // any kind since the host last took one.
 struct Report {
-  std::uint64_t ticket;   // of the last call whose counts are below
-  std::uint64_t started;  // ticket of the last kernel that began
+  std::uint64_t ticket;       // of the last call whose counts are below
+  std::uint64_t started;      // ticket of the last kernel that began
   std::int64_t num_rows;      // to return
   std::int64_t num_received;  // of these, rows that carry a token
   std::int64_t block_rows;    // of the receive block
@@ -68,12 +68,12 @@ struct Entry {
 
 // Device memory of this rank alone, kept between operations.
 struct DeviceState {
-  std::uint64_t sequence;    // operations done
-  std::uint32_t failed;      // an operation ended fatally: later ones do nothing
-  std::uint32_t blocks[2];   // counters of blocks that wrap to 0 by themselves
-  std::uint32_t passed;      // mark of the last barrier that all blocks have come to
-  std::uint64_t bad_route;   // smallest flat index in topk_idx of an id out of range; kNoBadRoute
-  std::uint32_t next_item;   // of the rows to send, taken by warps in turn
+  std::uint64_t sequence;   // operations done
+  std::uint32_t failed;     // an operation ended fatally: later ones do nothing
+  std::uint32_t blocks[2];  // counters of blocks that wrap to 0 by themselves
+  std::uint32_t passed;     // mark of the last barrier that all blocks have come to
+  std::uint64_t bad_route;  // smallest flat index in topk_idx of an id out of range; kNoBadRoute
+  std::uint32_t next_item;  // of the rows to send, taken by warps in turn
 };
 
 constexpr std::uint64_t kNoBadRoute = ~0ull;
@@ -96,11 +96,15 @@ struct RoutingView {
   std::int64_t* local_rows;    // [num_local_experts] rows received, no padding
   std::int64_t* local_first;   // [num_local_experts] first row in layout expert
   std::int64_t* rows_at_rank;  // [num_ranks] rows of every rank's block
-  Entry* entries;              // [num_tokens, topk]
-  std::int32_t* ids;           // [num_tokens, topk]
+  // Of deduplicated rows: where each source's begin in this rank's block, and this rank's in each other's.
+  std::int64_t* source_first;   // [num_ranks + 1]
+  std::int64_t* first_at_rank;  // [num_ranks]
+  Entry* entries;               // [num_tokens, topk]
+  std::int32_t* ids;            // [num_tokens, topk]
 
   MOE_EP_HOST_DEVICE static std::size_t entries_offset(const RoutingShape& shape) {
-    return align_up(sizeof(RoutingHeader) + (2 * shape.num_local_experts + shape.num_ranks) * sizeof(std::int64_t), 16);
+    return align_up(
+        sizeof(RoutingHeader) + (2 * shape.num_local_experts + 3 * shape.num_ranks + 1) * sizeof(std::int64_t), 16);
   }
   MOE_EP_HOST_DEVICE static std::size_t bytes(const RoutingShape& shape) {
     return entries_offset(shape) + shape.num_tokens * shape.topk * (sizeof(Entry) + sizeof(std::int32_t));
@@ -112,6 +116,8 @@ struct RoutingView {
     view.local_rows = reinterpret_cast<std::int64_t*>(base + sizeof(RoutingHeader));
     view.local_first = view.local_rows + shape.num_local_experts;
     view.rows_at_rank = view.local_first + shape.num_local_experts;
+    view.source_first = view.rows_at_rank + shape.num_ranks;
+    view.first_at_rank = view.source_first + shape.num_ranks + 1;
     view.entries = reinterpret_cast<Entry*>(base + entries_offset(shape));
     view.ids = reinterpret_cast<std::int32_t*>(view.entries + shape.num_tokens * shape.topk);
     return view;
@@ -125,12 +131,12 @@ struct Group {
   std::int32_t num_ranks;
   std::int32_t num_experts;
   std::int32_t alignment;
-  std::uint8_t* const* bases;             // [num_ranks] heaps as this process maps them
-  const std::int32_t* rank_of_expert;     // [num_experts]
-  const std::int32_t* local_of_expert;    // [num_experts]
-  const std::int32_t* experts_by_rank;    // [num_experts] sorted by (rank, local index)
-  const std::int32_t* first_of_rank;      // [num_ranks + 1] into experts_by_rank
-  std::int32_t* block_counts;             // [blocks][bins] workspace
+  std::uint8_t* const* bases;           // [num_ranks] heaps as this process maps them
+  const std::int32_t* rank_of_expert;   // [num_experts]
+  const std::int32_t* local_of_expert;  // [num_experts]
+  const std::int32_t* experts_by_rank;  // [num_experts] sorted by (rank, local index)
+  const std::int32_t* first_of_rank;    // [num_ranks + 1] into experts_by_rank
+  std::int32_t* block_counts;           // [blocks][bins] workspace
   DeviceState* state;
   Report* report;  // as the device maps it
   std::uint64_t timeout_ns;
@@ -179,11 +185,11 @@ struct DispatchParams {
   std::int64_t num_tokens;
   std::int32_t topk;
   RowLayout layout;
-  bool deduplicated;            // one row a (token, rank)
-  std::int64_t max_recv_rows;   // of the rows returned; -1: exact
-  std::int64_t block_rows;      // that this rank's block is laid out for; -1: as many as come
-  std::int64_t block_offset;    // of this rank's receive block in its heap
-  std::int64_t block_bytes;     // -1: no room
+  bool deduplicated;                // one row a (token, rank)
+  std::int64_t max_recv_rows;       // of the rows returned; -1: exact
+  std::int64_t block_rows;          // that this rank's block is laid out for; -1: as many as come
+  std::int64_t block_offset;        // of this rank's receive block in its heap
+  std::int64_t block_bytes;         // -1: no room
   std::int64_t* tokens_per_expert;  // [num_local_experts] rows returned, padding included; or null
   std::uint64_t ticket;             // 0: nobody waits for the counts
 };
@@ -219,13 +225,19 @@ struct CombineParams {
   bool has_weights;
   bool weights_at_rows;  // read from the rows' ranks; otherwise they are applied already
   bool has_values;
-  std::int64_t rows_offset;     // in this rank's heap; -1 in `block_bytes`: no room
+  std::int64_t rows_offset;  // in this rank's heap; -1 in `block_bytes`: no room
   std::int64_t weights_offset;
   std::int64_t values_offset;
   std::int64_t block_bytes;
   std::uint8_t* out;
   float* values_out;
+  // Rows that are not in the heap: copied to `rows_offset` part by part while peers read, by warps of their own.
+  const std::uint8_t* unstaged;  // null: the rows are where `rows_offset` says
+  std::int32_t stage_warps;
 };
+
+constexpr int kStageChunk = 7168;  // bytes that such a warp copies at a time, in a ring of two
+constexpr int kStageWarps = 4;
 
 // Weighted sums of each received row's experts, before they cross back: stage two in reverse.
 struct ReduceParams {

@@ -2,8 +2,8 @@
 #include <cstring>
 #include <string>
 
-#include "host/communicator.h"
 #include "common/errors.h"
+#include "host/communicator.h"
 #include "host/index.h"
 
 namespace moe_ep {

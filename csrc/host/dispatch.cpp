@@ -4,9 +4,9 @@
 #include <string>
 #include <utility>
 
-#include "host/communicator.h"
 #include "common/errors.h"
 #include "common/peer_text.h"
+#include "host/communicator.h"
 #include "host/index.h"
 
 namespace moe_ep {

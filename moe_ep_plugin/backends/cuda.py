@@ -147,6 +147,7 @@ class CudaBackend(Backend):
                     device=device.index,
                     num_ranks=context.num_ranks,
                     num_experts=config.num_experts,
+                    max_tokens=config.max_tokens_per_rank,
                     pool_bytes=plan.pool,
                     overflow_bytes=plan.overflow,
                 )
