@@ -104,7 +104,7 @@ py::bytes ipc_handle(const Pool& heap) {
 std::unique_ptr<Communicator> connect(std::shared_ptr<Pool> heap, int rank,
                                       const std::vector<std::pair<std::int64_t, py::bytes>>& peers,
                                       std::vector<std::int32_t> expert_to_rank, std::int64_t alignment, bool two_stage,
-                                      std::int64_t max_tokens, double timeout_s, int default_sms) {
+                                      std::int64_t max_tokens, double timeout_s, int default_sms, int ranks_on_device) {
   std::vector<PeerAddress> addresses;
   for (const auto& [pid, handle] : peers) {
     PeerAddress address{pid, {}};
@@ -117,7 +117,8 @@ std::unique_ptr<Communicator> connect(std::shared_ptr<Pool> heap, int rank,
     }
     addresses.push_back(address);
   }
-  CommunicatorOptions options{std::move(expert_to_rank), alignment, two_stage, max_tokens, timeout_s, default_sms};
+  CommunicatorOptions options{
+      std::move(expert_to_rank), alignment, two_stage, max_tokens, timeout_s, default_sms, ranks_on_device};
   return std::make_unique<Communicator>(std::move(heap), rank, addresses, std::move(options), check_python_signals);
 }
 
@@ -251,7 +252,7 @@ PYBIND11_MODULE(_cuda, module) {
   py::class_<Communicator>(module, "Communicator")
       .def(py::init(&connect), py::arg("heap"), py::kw_only(), py::arg("rank"), py::arg("peers"),
            py::arg("expert_to_rank"), py::arg("alignment"), py::arg("two_stage"), py::arg("max_tokens"),
-           py::arg("timeout_s"), py::arg("default_sms"))
+           py::arg("timeout_s"), py::arg("default_sms"), py::arg("ranks_on_device"))
       .def("dispatch", &gpu::dispatch, py::kw_only(), py::arg("x"), py::arg("element"), py::arg("scales"),
            py::arg("num_tokens"), py::arg("hidden"), py::arg("topk_idx"), py::arg("topk"), py::arg("weights"),
            py::arg("layout"), py::arg("max_recv_rows"), py::arg("quantize"), py::arg("power_of_two"),

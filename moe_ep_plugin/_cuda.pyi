@@ -74,6 +74,7 @@ class Communicator:
         max_tokens: int,
         timeout_s: float,
         default_sms: int,
+        ranks_on_device: int,
     ) -> None: ...
     def dispatch(
         self,

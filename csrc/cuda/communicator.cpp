@@ -15,6 +15,7 @@ namespace {
 // What kernels declare as static shared memory, rounded up.
 constexpr std::size_t kStaticSharedBytes = 512;
 constexpr int kMostStages = 8;
+constexpr std::int64_t kSmallChunk = 3584;
 
 std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 
@@ -175,7 +176,9 @@ int Communicator::count_warps(int bins) const {
   return std::min(kWarps, counters - 2);
 }
 
-// Rows in the fewest chunks for which most warps still have a ring of two stages; more stages where there is room.
+// What did best on an H200 (docs/performance.md): where this GPU's ranks use most of its SMs, memory is the limit, and
+// few small chunks in flight disturb it least; with few SMs each of them has to keep more in flight. Quantising takes
+// all warps.
 Pipeline Communicator::send_pipeline(const RowSource& source, const RowSizes& sizes, int num_destinations) const {
   Pipeline pipeline{};
   pipeline.count_warps = count_warps(group_.num_experts + group_.num_ranks);
@@ -186,19 +189,16 @@ Pipeline Communicator::send_pipeline(const RowSource& source, const RowSizes& si
   pipeline.stages = 2;
   pipeline.chunk_bytes = static_cast<std::int32_t>(row);
   if (!pipeline.use_bulk) return pipeline;
+  const bool crowded = options_.ranks_on_device * options_.default_sms * 5 >= num_device_sms_ * 3;
+  if (crowded && !source.quantize) pipeline.warps = kWarps / 2;
   const std::int64_t unit = source.quantize ? static_cast<std::int64_t>(kFp8Block) * element : 16;
+  const std::int64_t side = sizeof(std::uint64_t) * 2 + (source.quantize ? kMostScalesAChunk * sizeof(float) : 0);
   const auto room = static_cast<std::int64_t>(most_shared_bytes_ - align_up(at(num_destinations) * 48, 128) - 128);
-  for (std::int64_t chunks = 1;; ++chunks) {
-    const std::int64_t chunk = ((row + chunks - 1) / chunks + unit - 1) / unit * unit;
-    if (source.quantize && chunk / element > kMostScalesAChunk * static_cast<std::int64_t>(kFp8Block)) continue;
-    const std::int64_t side = sizeof(std::uint64_t) * 2 + (source.quantize ? kMostScalesAChunk * sizeof(float) : 0);
-    const auto warps = static_cast<std::int32_t>(std::min<std::int64_t>(kWarps, room / (2 * chunk + side)));
-    if (warps < kWarps * 3 / 4 && chunk > unit) continue;
-    pipeline.warps = warps;
-    pipeline.chunk_bytes = static_cast<std::int32_t>(chunk);
-    if (warps == kWarps && room / (4 * chunk + side + 16) >= kWarps) pipeline.stages = 4;
-    break;
-  }
+  std::int64_t most = (room / kWarps - side) / 2;
+  if (crowded && !source.quantize) most = std::min<std::int64_t>(most, kSmallChunk);
+  if (source.quantize) most = std::min(most, kMostScalesAChunk * static_cast<std::int64_t>(kFp8Block) * element);
+  const std::int64_t chunks = (row + most / unit * unit - 1) / (most / unit * unit);
+  pipeline.chunk_bytes = static_cast<std::int32_t>(((row + chunks - 1) / chunks + unit - 1) / unit * unit);
   if (tuned_send_.warps > 0) pipeline.warps = tuned_send_.warps;
   if (tuned_send_.stages > 0) pipeline.stages = tuned_send_.stages;
   if (tuned_send_.chunk_bytes > 0) pipeline.chunk_bytes = tuned_send_.chunk_bytes;
@@ -217,7 +217,10 @@ Pipeline Communicator::reduce_pipeline(std::int64_t row_bytes, const HeapLayout&
   const std::size_t room =
       most_shared_bytes_ - combine_fixed_bytes(layout, Pipeline{}) - 128 - at(stage_warps) * 2 * kStageChunk;
   const std::size_t stage = at(most_entries) * at(pipeline.chunk_bytes) + sizeof(std::uint64_t);
-  int most_warps = tuned_reduce_.warps > 0 ? tuned_reduce_.warps : most_entries <= 4 ? kWarps : 10;
+  int most_warps = tuned_reduce_.warps > 0 ? tuned_reduce_.warps
+                   : most_entries <= 2     ? kWarps
+                   : most_entries <= 4     ? 12
+                                           : 10;
   most_warps = std::min(most_warps, kWarps - stage_warps);
   for (int warps = most_warps; warps >= 1; --warps) {
     pipeline.warps = warps;

@@ -114,6 +114,7 @@ struct CommunicatorOptions {
   std::int64_t max_tokens;
   double timeout_s;
   int default_sms;
+  int ranks_on_device;
 };
 
 class Communicator {

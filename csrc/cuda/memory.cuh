@@ -63,6 +63,19 @@ __device__ __forceinline__ std::uint64_t nanoseconds() {
 __device__ __forceinline__ uint4 load_streaming(const uint4* at) { return __ldcs(at); }
 __device__ __forceinline__ void store_streaming(uint4* at, const uint4& value) { __stcs(at, value); }
 
+// Small values beside rows, a few bytes of a cache line at a time: the line is to stay in L2 until its other values
+// have come, or memory would have to read it and write it for each.
+__device__ __forceinline__ void store_gathered(float* at, float value) {
+  std::uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("st.global.L2::cache_hint.f32 [%0], %1, %2;" ::"l"(at), "f"(value), "l"(policy) : "memory");
+}
+__device__ __forceinline__ void store_gathered(std::int64_t* at, std::int64_t value) {
+  std::uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("st.global.L2::cache_hint.b64 [%0], %1, %2;" ::"l"(at), "l"(value), "l"(policy) : "memory");
+}
+
 // Bulk asynchronous copies: addresses and sizes are multiples of 16 bytes. One thread starts a copy.
 
 __device__ __forceinline__ std::uint32_t shared_address(const void* at) {
@@ -131,10 +144,13 @@ __device__ __forceinline__ void bulk_load_once(void* to_shared, const void* from
 #endif
 }
 
+// What is stored is not read here again: its lines are the first to leave L2.
 __device__ __forceinline__ void bulk_store(void* to_global, const void* from_shared, std::uint32_t bytes) {
 #if defined(MOE_EP_BULK_COPIES)
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to_global),
-               "r"(shared_address(from_shared)), "r"(bytes)
+  std::uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(to_global),
+               "r"(shared_address(from_shared)), "r"(bytes), "l"(policy)
                : "memory");
 #endif
 }

@@ -73,7 +73,8 @@ __device__ inline void send_metadata(const SendJob& job, std::int64_t token, con
   if (job.sizes.weight + job.sizes.index > 0) {
     if (!job.deduplicated) {
       if (entry.rank >= 0) {
-        job.destinations[entry.rank].weights[entry.slot] = job.source.weights[token * job.topk + entry.position];
+        store_gathered(job.destinations[entry.rank].weights + entry.slot,
+                       job.source.weights[token * job.topk + entry.position]);
       }
     } else {
       const bool there = lane < job.topk;
@@ -84,8 +85,8 @@ __device__ inline void send_metadata(const SendJob& job, std::int64_t token, con
       for_each_entry(job, entry, count, [&](const Destination& to, std::size_t slot, int rank) {
         if (!there) return;
         const std::size_t at = slot * job.topk + lane;
-        if (job.sizes.weight > 0) to.weights[at] = expert_rank == rank ? weight : 0.0f;
-        if (job.sizes.index > 0) to.indices[at] = expert_rank == rank ? local : -1;
+        if (job.sizes.weight > 0) store_gathered(to.weights + at, expert_rank == rank ? weight : 0.0f);
+        if (job.sizes.index > 0) store_gathered(to.indices + at, expert_rank == rank ? local : std::int64_t{-1});
       });
     }
   }
@@ -93,7 +94,7 @@ __device__ inline void send_metadata(const SendJob& job, std::int64_t token, con
     const int scales = scales_per_row(job);
     const float* from = job.source.scales + token * scales;
     for_each_entry(job, entry, count, [&](const Destination& to, std::size_t slot, int) {
-      for (int i = lane; i < scales; i += 32) to.scales[slot * scales + i] = from[i];
+      for (int i = lane; i < scales; i += 32) store_gathered(to.scales + slot * scales + i, from[i]);
     });
   }
 }
@@ -326,7 +327,7 @@ __device__ inline void send_rows_bulk(const SendJob& job, const Pipeline& pipeli
       const int first = now.chunk * (chunk_elements / static_cast<int>(kFp8Block));
       const int blocks = (elements + static_cast<int>(kFp8Block) - 1) / static_cast<int>(kFp8Block);
       for_each_entry(job, entry, count, [&](const Destination& to, std::size_t slot, int) {
-        for (int i = lane; i < blocks; i += 32) to.scales[slot * row_scales + first + i] = scales[i];
+        for (int i = lane; i < blocks; i += 32) store_gathered(to.scales + slot * row_scales + first + i, scales[i]);
       });
       __syncwarp();
     }
@@ -401,7 +402,7 @@ __device__ inline void quantize_row(const SendJob& job, std::int64_t token, cons
       if (column < job.source.hidden) {
         *reinterpret_cast<std::uint32_t*>(to.rows + slot * job.sizes.row + column) = quantized;
       }
-      if (lane == 0) to.scales[slot * row_scales + block] = scale;
+      if (lane == 0) store_gathered(to.scales + slot * row_scales + block, scale);
     });
   }
 }
