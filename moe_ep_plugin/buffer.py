@@ -111,7 +111,7 @@ class EpBuffer:
             handle: Reuse the routing of an earlier dispatch: no counting. ``layout`` is the handle's.
             max_recv_tokens: Fixed number of rows to return, so that no size depends on the routing. On GPUs the
                 host then waits for nothing, the call can be captured in a CUDA graph, and rows that do not fit
-                are reported by :meth:`check` (or by a later call), never written elsewhere.
+                are reported by :meth:`check` (or by the next dispatch of exact sizes), never written elsewhere.
             wire: Overrides ``config.wire`` for this call.
             num_sms: Overrides ``config.num_sms`` for this call; backend ``"cuda"`` only.
             async_op: On GPUs, run on the buffer's communication stream and return without making the current
@@ -273,7 +273,7 @@ class EpBuffer:
 
         Only operations that return before they have completed need it: on GPUs, those with
         ``max_recv_tokens``, with ``handle``, and combines. What went wrong in them is raised here, or by the
-        next call on this buffer.
+        next dispatch of exact sizes, where all ranks find it at the same call; a peer's failure by any next call.
 
         Raises:
             CapacityError: Rows of a dispatch did not fit ``max_recv_tokens``; they were dropped on all ranks.

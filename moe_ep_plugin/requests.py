@@ -26,6 +26,7 @@ class RequestChecker:
         self.config = config
         self._id = buffer_id
         self._device_type = config.device_type
+        self._copied = False
 
     def check_handle(self, handle: DispatchHandle) -> None:
         """Raise ConfigError unless ``handle`` is one of this buffer's."""
@@ -70,6 +71,7 @@ class RequestChecker:
         if tensor.requires_grad:
             tensor = tensor.detach()
         contiguous: torch.Tensor = tensor.contiguous()
+        self._copied = self._copied or contiguous is not tensor
         return contiguous
 
     def dispatch_request(
@@ -88,6 +90,7 @@ class RequestChecker:
     ) -> DispatchRequest:
         """Arguments of :meth:`EpBuffer.dispatch`, checked."""
         config = self.config
+        self._copied = False
         if layout not in ("expert", "rank"):
             raise ConfigError.of("layout", repr(layout), "it must be 'expert' or 'rank'", "choose one of these")
         wire = config.wire if wire is None else wire
@@ -152,6 +155,7 @@ class RequestChecker:
             handle=handle,
             max_recv_tokens=max_recv_tokens,
             wire=wire,
+            copied=self._copied,
             num_sms=_checked_sms(num_sms),
             async_op=async_op,
             previous_event=previous_event,
@@ -169,6 +173,7 @@ class RequestChecker:
         previous_event: Event | None = None,
     ) -> CombineRequest:
         """Arguments of :meth:`EpBuffer.combine_with_values`, checked."""
+        self._copied = False
         self.check_handle(handle)
         rows = self._check_tensor("rows", rows, (handle.num_rows, self.config.hidden))
         self.check_dtype("rows.dtype", rows.dtype)
@@ -189,6 +194,7 @@ class RequestChecker:
             handle=handle,
             row_weights=row_weights,
             row_values=row_values,
+            copied=self._copied,
             num_sms=_checked_sms(num_sms),
             async_op=async_op,
             previous_event=previous_event,

@@ -34,7 +34,7 @@ enum class Step : int { kPost = 0, kGrant = 1, kArrival = 2, kRead = 3, kStaged 
 constexpr int kNumSteps = 4;  // with one flag a source; kStaged has one for each part of its rows
 
 // Rows in a part: what a rank copies into its heap before it tells the reader.
-constexpr std::size_t kRowsAPart = 8;
+constexpr std::size_t kRowsAPart = 2;
 
 enum class Operation : std::int32_t { kDispatch = 0, kCombine = 1 };
 enum class RowLayout : std::int32_t { kExpert = 0, kRank = 1 };

@@ -17,6 +17,24 @@ inline void check(cudaError_t code, const char* call, const char* file, int line
                                       " returned " + cudaGetErrorName(code) + ": " + cudaGetErrorString(code));
 }
 
+// Makes a device the current one for a while: kernels and events go where the heap is, whatever the caller's is.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    if (cudaGetDevice(&before_) != cudaSuccess || before_ == device) return;
+    changed_ = cudaSetDevice(device) == cudaSuccess;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
 }  // namespace gpu
 }  // namespace moe_ep
 

@@ -107,6 +107,18 @@ __device__ void gather_values(const CombineParams& params, const float* const* v
   }
 }
 
+// A combine that all ranks give up gives zeros.
+__device__ void clear_results(const CombineParams& params) {
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const auto vectors =
+      static_cast<std::int64_t>(params.num_tokens * params.hidden * element_bytes(params.element) / sizeof(uint4));
+  for (std::int64_t i = first; i < vectors; i += step) reinterpret_cast<uint4*>(params.out)[i] = make_uint4(0, 0, 0, 0);
+  for (std::int64_t i = first; params.has_values && i < params.num_tokens * params.topk; i += step) {
+    params.values_out[i] = 0.0f;
+  }
+}
+
 template <class R>
 __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_constant__ CombineParams params) {
   extern __shared__ __align__(128) std::uint8_t memory[];
@@ -151,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_const
                         params.out};
     const ReduceRing ring{shared.stages, shared.barriers};
 #if defined(MOE_EP_BULK_COPIES)
-    if (R::kPlain && params.pipeline.use_bulk && read_parts(params, sequence, shared.parts)) {
+    if (R::kPlain && read_parts(params, sequence, shared.parts)) {
       for (int i = threadIdx.x; i < 2 * kStageWarps; i += blockDim.x) barrier_init(shared.staging.barriers + i, 1);
       prepare_ring(params.pipeline, ring);
       if (threadIdx.x / 32 < params.pipeline.warps) {
@@ -166,6 +178,7 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_const
     reduce_rows<R>(job, params.pipeline, ring);
 #endif
   }
+  if (!goes_on) clear_results(params);
   // The caller may write its rows again once every peer has read them.
   if (is_last_block(&group.state->blocks[1])) {
     finish_operation(group, Step::kRead, sequence, kOperation, goes_on);
@@ -175,6 +188,8 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_const
 template <class R>
 __global__ void __launch_bounds__(kThreads, 1) reduce_kernel(const __grid_constant__ ReduceParams params) {
   extern __shared__ __align__(128) std::uint8_t memory[];
+  // What a failed dispatch left is no routing.
+  if (load_relaxed_device(&params.state->failed) != 0) return;
   const CombineShared shared(memory, HeapLayout{1, 0, 0, 0}, params.pipeline, params.topk);
   if (threadIdx.x == 0) {
     shared.rows[0] = params.rows;

@@ -36,7 +36,7 @@ Communicator::~Communicator() { release(); }
 
 void Communicator::connect(const std::vector<PeerAddress>& peers) {
   const int device = pool_->device();
-  MOE_EP_CUDA_CHECK(cudaSetDevice(device));
+  const DeviceGuard guard(device);
   int major = 0;
   int shared = 0;
   MOE_EP_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
@@ -154,7 +154,7 @@ void Communicator::fill_tables() {
 
 // At the end of a process the driver may be gone already: nothing is checked.
 void Communicator::release() {
-  if (has_run_ && last_stream_ != nullptr) cudaStreamSynchronize(last_stream_);
+  if (has_run_) wait_for_queued();
   for (std::size_t i = 0; i < bases_.size(); ++i) {
     if (static_cast<int>(i) != rank_) cudaIpcCloseMemHandle(bases_[i]);
   }
@@ -186,7 +186,6 @@ Pipeline Communicator::send_pipeline(const RowSource& source, const RowSizes& si
   const std::int64_t row = source.hidden * element;
   pipeline.use_bulk = has_bulk_ && row % 16 == 0 && sizes.row % 16 == 0;
   pipeline.warps = kWarps;
-  pipeline.stages = 2;
   pipeline.chunk_bytes = static_cast<std::int32_t>(row);
   if (!pipeline.use_bulk) return pipeline;
   const bool crowded = options_.ranks_on_device * options_.default_sms * 5 >= num_device_sms_ * 3;
@@ -200,17 +199,15 @@ Pipeline Communicator::send_pipeline(const RowSource& source, const RowSizes& si
   const std::int64_t chunks = (row + most / unit * unit - 1) / (most / unit * unit);
   pipeline.chunk_bytes = static_cast<std::int32_t>(((row + chunks - 1) / chunks + unit - 1) / unit * unit);
   if (tuned_send_.warps > 0) pipeline.warps = tuned_send_.warps;
-  if (tuned_send_.stages > 0) pipeline.stages = tuned_send_.stages;
   if (tuned_send_.chunk_bytes > 0) pipeline.chunk_bytes = tuned_send_.chunk_bytes;
   return pipeline;
 }
 
 // Two stages a warp or more, and the warps and chunks that did best on an H200: many warps where a token has few rows,
 // whose sums are short, and fewer where memory is the limit anyway.
-Pipeline Communicator::reduce_pipeline(std::int64_t row_bytes, const HeapLayout& layout, int most_entries, bool plain,
-                                       int stage_warps) const {
+Pipeline Communicator::reduce_pipeline(const HeapLayout& layout, int most_entries, bool plain, int stage_warps) const {
   Pipeline pipeline{};
-  pipeline.use_bulk = has_bulk_ && row_bytes % 16 == 0;
+  pipeline.use_bulk = has_bulk_;
   pipeline.chunk_bytes = plain && most_entries <= 2 ? kWideReduceChunk : kReduceChunk;
   if (tuned_reduce_.chunk_bytes > 0) pipeline.chunk_bytes = tuned_reduce_.chunk_bytes;
   // The barriers are counted with the stages, so here without those of any warp.
@@ -221,7 +218,7 @@ Pipeline Communicator::reduce_pipeline(std::int64_t row_bytes, const HeapLayout&
                    : most_entries <= 2     ? kWarps
                    : most_entries <= 4     ? 12
                                            : 10;
-  most_warps = std::min(most_warps, kWarps - stage_warps);
+  if (stage_warps > 0) most_warps = std::min(most_warps, 8);
   for (int warps = most_warps; warps >= 1; --warps) {
     pipeline.warps = warps;
     pipeline.stages = static_cast<std::int32_t>(std::min<std::size_t>(kMostStages, room / (stage * at(warps))));
@@ -250,7 +247,13 @@ void Communicator::queued(cudaStream_t stream) {
   MOE_EP_CUDA_CHECK(cudaEventRecord(behind_, stream));
   last_stream_ = stream;
   last_capture_ = capture_of(stream);
+  has_captures_ = has_captures_ || last_capture_ != 0;
   has_run_ = true;
+}
+
+// Replays of a graph may run on any stream.
+cudaError_t Communicator::wait_for_queued() {
+  return has_captures_ ? cudaDeviceSynchronize() : cudaStreamSynchronize(last_stream_);
 }
 
 Communicator::Room Communicator::find_room(std::size_t bytes, const Streams& streams) {
@@ -270,11 +273,14 @@ Communicator::Room Communicator::in_overflow(std::size_t bytes) const {
 }
 
 std::shared_ptr<Pool::Lease> Communicator::lease(std::size_t bytes, const Streams& streams) {
+  const DeviceGuard guard(pool_->device());
   return pool_->allocate(bytes, streams.run, streams.home);
 }
 
 void Communicator::copy(void* to, const void* from, std::size_t bytes, cudaStream_t stream) {
+  const DeviceGuard guard(pool_->device());
   MOE_EP_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream));
+  queued(stream);
 }
 
 }  // namespace gpu

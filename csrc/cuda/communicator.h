@@ -159,11 +159,11 @@ class Communicator {
   int num_ranks() const { return static_cast<int>(bases_.size()); }
   int blocks_for(int num_sms, std::int64_t items, int warps) const;
   Pipeline send_pipeline(const RowSource& source, const RowSizes& sizes, int num_destinations) const;
-  Pipeline reduce_pipeline(std::int64_t row_bytes, const HeapLayout& layout, int most_entries, bool plain,
-                           int stage_warps) const;
+  Pipeline reduce_pipeline(const HeapLayout& layout, int most_entries, bool plain, int stage_warps) const;
   int count_warps(int bins) const;
   void queue_behind(cudaStream_t stream);
   void queued(cudaStream_t stream);
+  cudaError_t wait_for_queued();
 
   struct Room {
     std::shared_ptr<Pool::Lease> lease;
@@ -180,6 +180,7 @@ class Communicator {
   [[noreturn]] void throw_outcome(const ReportedOutcome& reported);
   [[noreturn]] void throw_failed_wait(const ReportedOutcome& reported);
   std::string departure_text(int rank);
+  bool has_departed(int rank);
 
   std::shared_ptr<Pool> pool_;
   int rank_;
@@ -200,6 +201,7 @@ class Communicator {
   cudaStream_t last_stream_ = nullptr;
   std::uint64_t last_capture_ = 0;
   bool has_run_ = false;
+  bool has_captures_ = false;
   std::atomic<bool> departed_{false};
   std::atomic<bool> awaiting_{false};
   std::uint64_t ticket_ = 0;

@@ -34,7 +34,7 @@ struct DispatchShared {
     rows_at_rank = reinterpret_cast<std::int64_t*>(destinations + num_ranks);
     needed = rows_at_rank + num_ranks;
     barriers = reinterpret_cast<std::uint64_t*>(needed + num_ranks);
-    scales = reinterpret_cast<float*>(barriers + pipeline.warps * pipeline.stages);
+    scales = reinterpret_cast<float*>(barriers + pipeline.warps * kSendStages);
   }
 };
 
@@ -189,7 +189,11 @@ __device__ void judge_room(const DispatchParams& params, std::uint64_t sequence,
     verdict.values[2] =
         post_field(params.group, sequence, rank,
                    verdict.outcome == Outcome::kNoRoom ? &OperationPost::block_bytes : &OperationPost::max_recv_rows);
+    // Whether a rank has nobody waiting, who could try again.
     verdict.values[3] = 0;
+    for (int other = 0; other < params.group.num_ranks; ++other) {
+      if (post_field(params.group, sequence, other, &OperationPost::max_recv_rows) >= 0) verdict.values[3] = 1;
+    }
   }
   __syncthreads();
 }
@@ -238,41 +242,48 @@ __device__ void report_call(const DispatchParams& params, std::uint64_t sequence
   if (threadIdx.x == 0) store_release_system(&report->ticket, params.ticket);
 }
 
-// An operation that all ranks give up, with nobody waiting on the host: a result of no rows, and no rows to combine.
-__device__ void give_up(const DispatchParams& params, std::uint64_t sequence, const Span& span) {
+// A fresh routing that all ranks give up: no rows to combine.
+__device__ void empty_routing(const DispatchParams& params, std::uint64_t sequence, const Span& span) {
   const Group& group = params.group;
+  const RoutingView& routing = params.routing;
   for (std::int64_t i = span.begin * params.topk + threadIdx.x; i < span.end * params.topk; i += blockDim.x) {
-    params.routing.entries[i] = Entry{-1, -1, -1};
-    params.routing.ids[i] = -1;
+    routing.entries[i] = Entry{-1, -1, -1};
+    routing.ids[i] = -1;
   }
   const int local = group.first_of_rank[group.rank + 1] - group.first_of_rank[group.rank];
-  const bool staged = params.deduplicated && params.layout == RowLayout::kExpert;
-  const std::int64_t rows = params.max_recv_rows;
-  __syncthreads();
   for (int i = threadIdx.x; i < local; i += blockDim.x) {
-    params.routing.local_rows[i] = params.routing.local_first[i] = 0;
+    routing.local_rows[i] = routing.local_first[i] = 0;
     if (params.tokens_per_expert != nullptr) params.tokens_per_expert[i] = 0;
   }
   for (int rank = threadIdx.x; rank < group.num_ranks; rank += blockDim.x) {
     const std::int64_t fixed = post_field(group, sequence, rank, &OperationPost::block_rows);
-    params.routing.rows_at_rank[rank] = fixed < 0 ? 0 : fixed;
+    routing.rows_at_rank[rank] = fixed < 0 ? 0 : fixed;
   }
-  for (int source = threadIdx.x; source <= group.num_ranks; source += blockDim.x) {
-    params.routing.source_first[source] = 0;
-  }
+  for (int source = threadIdx.x; source <= group.num_ranks; source += blockDim.x) routing.source_first[source] = 0;
   if (threadIdx.x == 0) {
-    params.routing.header->id = sequence;
-    params.routing.header->received_rows = 0;
+    routing.header->id = sequence;
+    routing.header->received_rows = 0;
   }
-  if (staged || rows < 0 || static_cast<std::int64_t>(params.sizes.block(rows).total) > params.block_bytes) return;
-  std::uint8_t* block = group.bases[group.rank] + params.block_offset;
+}
+
+// An operation that all ranks give up, with nobody waiting on the host: a result of no rows. A routing that is reused
+// stays as it is. Of two stages, the second one clears what it returns.
+__device__ void give_up(const DispatchParams& params, std::uint64_t sequence, const Span& span) {
+  const Group& group = params.group;
+  if (params.fresh) empty_routing(params, sequence, span);
+  if (threadIdx.x == 0) group.state->given_up = sequence;
+  __syncthreads();
+  const bool staged = params.deduplicated && params.layout == RowLayout::kExpert;
+  const std::int64_t rows = load_cached_in_l2(params.routing.rows_at_rank + group.rank);
+  if (staged || static_cast<std::int64_t>(params.sizes.block(rows).total) > params.block_bytes) return;
+  const Destination own = destination_of(group.bases[group.rank] + params.block_offset, params.sizes, rows);
   const std::int64_t warp = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  const Destination own = destination_of(block, params.sizes, rows);
   for (std::int64_t row = warp; row < rows; row += static_cast<std::int64_t>(gridDim.x) * kWarps) {
     clear_row(own, params.sizes, row);
   }
 }
 
+template <class Path>
 __global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_constant__ DispatchParams params) {
   extern __shared__ __align__(128) std::uint8_t memory[];
   __shared__ Verdict verdict;
@@ -324,7 +335,7 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_cons
       assign_slots(routes, span, params.deduplicated, count_warps, counters, params.routing.ids,
                    params.routing.entries);
       // Warps take rows as they come, of other blocks' tokens too.
-      if (!wait_for_blocks(group.state, mark_of(sequence, Pass::kDispatch))) return;
+      if (!wait_for_blocks(group, mark_of(sequence, Pass::kDispatch))) return;
     }
     for (int rank = threadIdx.x; rank < group.num_ranks; rank += blockDim.x) {
       const std::int64_t offset = post_field(group, sequence, rank, &OperationPost::block_offset);
@@ -340,7 +351,7 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_cons
     const SendJob job{params.source,       params.sizes,         params.num_tokens,      params.routing.entries,
                       params.routing.ids,  group.rank_of_expert, group.local_of_expert,  params.topk,
                       params.deduplicated, shared.destinations,  &group.state->next_item};
-    send_rows(job, params.pipeline, SendRing{shared.scratch, shared.barriers, shared.scales});
+    send_rows<Path>(job, params.pipeline, SendRing{shared.scratch, shared.barriers, shared.scales});
   } else {
     give_up(params, sequence, span);
   }
@@ -361,13 +372,17 @@ std::size_t dispatch_shared_bytes(const DispatchParams& params) {
 }
 
 cudaError_t prepare_dispatch(std::size_t most_shared_bytes) {
-  return cudaFuncSetAttribute(dispatch_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(most_shared_bytes));
+  return for_each_path([&](auto path) {
+    return cudaFuncSetAttribute(dispatch_kernel<decltype(path)>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                static_cast<int>(most_shared_bytes));
+  });
 }
 
 cudaError_t launch_dispatch(const DispatchParams& params, int blocks, cudaStream_t stream) {
-  dispatch_kernel<<<blocks, kThreads, dispatch_shared_bytes(params), stream>>>(params);
-  return cudaGetLastError();
+  return visit_path(params.source, params.pipeline, [&](auto path) {
+    dispatch_kernel<decltype(path)><<<blocks, kThreads, dispatch_shared_bytes(params), stream>>>(params);
+    return cudaGetLastError();
+  });
 }
 
 }  // namespace gpu

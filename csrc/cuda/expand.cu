@@ -24,6 +24,7 @@ struct ExpandShared {
   }
 };
 
+template <class Path>
 __global__ void __launch_bounds__(kThreads, 1) expand_kernel(const __grid_constant__ ExpandParams params) {
   extern __shared__ __align__(128) std::uint8_t memory[];
   DeviceState* state = params.group.state;
@@ -33,13 +34,21 @@ __global__ void __launch_bounds__(kThreads, 1) expand_kernel(const __grid_consta
   const Span span = share_of(received, blockIdx.x, gridDim.x);
   const Routes routes{params.local_ids, nullptr, received, params.topk, params.num_local_experts, 1};
   const int count_warps = params.pipeline.count_warps;
+  if (state->given_up == state->sequence) {
+    const Destination all = destination_of(params.block, params.sizes, params.num_rows);
+    const std::int64_t warp = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+    for (std::int64_t row = warp; row < params.num_rows; row += static_cast<std::int64_t>(gridDim.x) * kWarps) {
+      clear_row(all, params.sizes, row);
+    }
+    return;
+  }
   if (params.fresh) {
     const int bins = routes.bins();
     auto* counters = reinterpret_cast<std::int32_t*>(shared.scratch);
     std::int32_t* first = counters + static_cast<std::size_t>(count_warps) * bins;
     count_routes(routes, span, count_warps, counters, params.ids, &state->bad_route);
     publish_block_counts(routes, count_warps, counters, params.group.block_counts);
-    if (!wait_for_blocks(state, mark_of(state->sequence, Pass::kExpand))) return;
+    if (!wait_for_blocks(params.group, mark_of(state->sequence, Pass::kExpand))) return;
     for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) {
       const std::int64_t start = bin < params.num_local_experts ? params.routing.local_first[bin] : 0;
       first[bin] = static_cast<std::int32_t>(start) + counts_before(params.group.block_counts, bins, bin, blockIdx.x);
@@ -47,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, 1) expand_kernel(const __grid_consta
     __syncthreads();
     counts_to_slots(bins, count_warps, first, counters);
     assign_slots(routes, span, false, count_warps, counters, params.ids, params.fan);
-    if (!wait_for_blocks(state, mark_of(state->sequence, Pass::kSend))) return;
+    if (!wait_for_blocks(params.group, mark_of(state->sequence, Pass::kSend))) return;
   }
   if (threadIdx.x == 0) *shared.destination = destination_of(params.block, params.sizes, params.num_rows);
   __syncthreads();
@@ -55,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, 1) expand_kernel(const __grid_consta
                 params.group.alignment, params.num_rows);
   const SendJob job{params.source, params.sizes, received, params.fan,         nullptr,          nullptr,
                     nullptr,       params.topk,  false,    shared.destination, &state->next_item};
-  send_rows(job, params.pipeline, SendRing{shared.scratch, shared.barriers, nullptr});
+  send_rows<Path>(job, params.pipeline, SendRing{shared.scratch, shared.barriers, nullptr});
   if (is_last_block(&state->blocks[1]) && threadIdx.x == 0) state->next_item = 0;
 }
 
@@ -69,13 +78,18 @@ std::size_t expand_shared_bytes(const ExpandParams& params) {
   return ExpandShared::fixed_bytes(pipeline) + (counters > ring ? counters : ring);
 }
 
+// What arrives is copied as it is, so there are two paths only.
 cudaError_t prepare_expand(std::size_t most_shared_bytes) {
-  return cudaFuncSetAttribute(expand_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(most_shared_bytes));
+  const int bytes = static_cast<int>(most_shared_bytes);
+  const cudaError_t error =
+      cudaFuncSetAttribute(expand_kernel<BulkCopy>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(expand_kernel<AnyRows>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
 cudaError_t launch_expand(const ExpandParams& params, int blocks, cudaStream_t stream) {
-  expand_kernel<<<blocks, kThreads, expand_shared_bytes(params), stream>>>(params);
+  const auto kernel = params.pipeline.use_bulk ? expand_kernel<BulkCopy> : expand_kernel<AnyRows>;
+  kernel<<<blocks, kThreads, expand_shared_bytes(params), stream>>>(params);
   return cudaGetLastError();
 }
 

@@ -87,6 +87,7 @@ void Communicator::while_waiting(std::uint64_t ticket, cudaStream_t stream, doub
 
 void Communicator::check() {
   if (departed_ || !has_run_) return;
+  const DeviceGuard guard(pool_->device());
   auto next_check = Clock::now() + kIdlePeriod;
   while (cudaStreamQuery(last_stream_) == cudaErrorNotReady) {
     std::this_thread::sleep_for(std::chrono::microseconds(20));
@@ -94,7 +95,7 @@ void Communicator::check() {
     next_check = Clock::now() + kIdlePeriod;
     while_waiting(0, last_stream_, 0.0);
   }
-  MOE_EP_CUDA_CHECK(cudaStreamQuery(last_stream_));
+  MOE_EP_CUDA_CHECK(wait_for_queued());
   throw_if_failed(false);
 }
 
@@ -120,7 +121,8 @@ void Communicator::throw_outcome(const ReportedOutcome& reported) {
                                             " (" + std::to_string(values[1]) + " bytes)" +
                                             "; raise pool_bytes, hold fewer received tensors, or use "
                                             "backend='collective'");
-    case Outcome::kOverflow: throw Error(ErrorKind::kCapacity, describe_overflow(rank, values[1], values[2]));
+    case Outcome::kOverflow:
+      throw Error(ErrorKind::kCapacity, describe_overflow(rank, values[1], values[2]) + " (" + where + ")");
     case Outcome::kTooMany:
       throw Error(ErrorKind::kCapacity, "rank " + std::to_string(rank) + " would receive " + std::to_string(values[1]) +
                                             " rows, but slots are 32-bit; dispatch fewer tokens at a time");
@@ -128,7 +130,8 @@ void Communicator::throw_outcome(const ReportedOutcome& reported) {
       const std::int64_t index = values[1] - 1;
       throw Error(ErrorKind::kConfig,
                   "rank " + std::to_string(rank) + ": " +
-                      describe_bad_route(index / values[3], index % values[3], values[2], group_.num_experts));
+                      describe_bad_route(index / values[3], index % values[3], values[2], group_.num_experts) + " (" +
+                      where + ")");
     }
     case Outcome::kMismatch:
       throw Error(ErrorKind::kMismatch, describe_difference(rank, rank_, reported.sequence, static_cast<int>(values[1]),
@@ -170,6 +173,13 @@ void Communicator::throw_failed_wait(const ReportedOutcome& reported) {
   throw Error(timed_out ? ErrorKind::kTimeout : ErrorKind::kLost, describe(wait, why));
 }
 
+bool Communicator::has_departed(int rank) {
+  std::uint32_t state = 0;
+  const std::uint8_t* from = pool_->base() + pool_->layout().departure(static_cast<std::size_t>(rank));
+  return cudaMemcpyAsync(&state, from, sizeof(state), cudaMemcpyDeviceToHost, control_) == cudaSuccess &&
+         cudaStreamSynchronize(control_) == cudaSuccess && state != 0;
+}
+
 std::string Communicator::departure_text(int rank) {
   Departure departure{};
   const std::uint8_t* from = pool_->base() + pool_->layout().departure(static_cast<std::size_t>(rank));
@@ -182,9 +192,10 @@ std::string Communicator::departure_text(int rank) {
 
 void Communicator::depart(std::uint32_t state, const std::string& text) {
   if (departed_.exchange(true)) return;
+  const DeviceGuard guard(pool_->device());
   if (state == kDepartureClosed && !awaiting_) {
     // What is queued is finished first, or peers would miss this rank's part in it.
-    if (has_run_) cudaStreamSynchronize(last_stream_);
+    if (has_run_) wait_for_queued();
   } else {
     __atomic_store_n(&report_->abort, 1u, __ATOMIC_RELEASE);
   }
@@ -192,7 +203,8 @@ void Communicator::depart(std::uint32_t state, const std::string& text) {
   departure.state = state;
   std::strncpy(departure.text, text.c_str(), kDepartureText - 1);
   for (int reader = 0; reader < num_ranks(); ++reader) {
-    if (reader == rank_) continue;
+    // One that has left may have given its heap back.
+    if (reader == rank_ || has_departed(reader)) continue;
     std::uint8_t* to =
         bases_[static_cast<std::size_t>(reader)] + pool_->layout().departure(static_cast<std::size_t>(rank_));
     // The state comes after the text that it announces. Errors can't be told to anyone any more.

@@ -29,8 +29,9 @@ struct Span {
 };
 
 __device__ inline Span share_of(std::int64_t count, int index, int parts) {
-  const std::int64_t base = count / parts;
-  const std::int64_t extra = count % parts;
+  const auto items = static_cast<std::uint32_t>(count);
+  const std::int64_t base = items / static_cast<std::uint32_t>(parts);
+  const std::int64_t extra = items % static_cast<std::uint32_t>(parts);
   const std::int64_t begin = base * index + (index < extra ? index : extra);
   return Span{begin, begin + base + (index < extra ? 1 : 0)};
 }

@@ -21,6 +21,7 @@ int chunks_of(std::int64_t row_bytes, std::int64_t chunk_bytes) {
 }  // namespace
 
 DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
+  const DeviceGuard guard(pool_->device());
   throw_if_failed(true);
   const bool reuses = arguments.routing != nullptr;
   const RowLayout layout = reuses ? arguments.routing->layout : arguments.layout;
@@ -72,6 +73,8 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
   params.routing = routing.view;
 
   queue_behind(arguments.streams.run);
+  // The first of two stages is read by the second, on the same stream.
+  const Streams streams{arguments.streams.run, staged ? arguments.streams.run : arguments.streams.home};
   Room room;
   if (waits) {
     // As much as there can be; what is not needed goes back as soon as the counts are known.
@@ -79,7 +82,7 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
     const std::int64_t most =
         deduplicated ? most_received_rows() : most_received_rows() * topk + experts * (options_.alignment - 1);
     const std::size_t bytes = params.sizes.block(most).total;
-    room.lease = pool_->allocate_largest(bytes, arguments.streams.run, arguments.streams.home);
+    room.lease = pool_->allocate_largest(bytes, streams.run, streams.home);
     if (room.lease == nullptr) {
       room = in_overflow(0);
     } else {
@@ -87,7 +90,7 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
       room.bytes = static_cast<std::int64_t>(room.lease->bytes());
     }
   } else {
-    room = find_room(params.sizes.block(routing.block_rows).total, arguments.streams);
+    room = find_room(params.sizes.block(routing.block_rows).total, streams);
   }
   const std::int64_t row_bytes =
       arguments.source.hidden * static_cast<std::int64_t>(element_bytes(params.source.element));
@@ -103,13 +106,14 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
     const bool fits = await(params.ticket, arguments.streams.run);
     routing.block_rows = report_->block_rows;
     if (fits) break;
-    if (!first_try) throw_outcome(report_->call);
+    // Ranks with a fixed number of rows have gone on: there is nobody to try again with.
+    if (!first_try || report_->call.values[3] != 0) throw_outcome(report_->call);
     // Some rank's block is too small, which all ranks know: every one of them counts again, that one with room of the
     // right size, if there is any.
     const std::size_t need = params.sizes.block(routing.block_rows).total;
     if (room.bytes >= static_cast<std::int64_t>(need)) continue;
     room = Room{};
-    room = find_room(need, arguments.streams);
+    room = find_room(need, streams);
   }
   if (waits) {
     routing.num_rows = report_->num_rows;
@@ -140,6 +144,7 @@ ReceiveBlock Communicator::expanded(const DispatchResult& staged) const {
 }
 
 void Communicator::expand(const ExpandArguments& arguments) {
+  const DeviceGuard guard(pool_->device());
   const DispatchResult& staged = *arguments.staged;
   const Routing& routing = *staged.routing;
   ExpandParams params{};
@@ -169,6 +174,7 @@ void Communicator::expand(const ExpandArguments& arguments) {
 }
 
 CombineResult Communicator::combine(const CombineArguments& arguments) {
+  const DeviceGuard guard(pool_->device());
   throw_if_failed(true);
   const Routing& routing = *arguments.routing;
   const bool reduces_first = routing.two_stage;
@@ -181,8 +187,8 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
   const bool values_in_place = !reduces_first && arguments.has_values && pool_->contains(arguments.values);
 
   // Rows of layout rank are copied by the kernel itself, while peers read what is there already.
-  const bool in_parts = !in_place && routing.layout == RowLayout::kRank && has_bulk_ && row_bytes % 16 == 0 &&
-                        shared_rows > 0 && pool_->layout().staged_parts > 0;
+  const bool in_parts = !in_place && routing.layout == RowLayout::kRank && has_bulk_ && shared_rows > 0 &&
+                        pool_->layout().staged_parts > 0;
 
   queue_behind(arguments.streams.run);
   // Rows, weights and values that peers read, each where it is not in place already.
@@ -197,8 +203,9 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
   float* values = reinterpret_cast<float*>(block + arrays.indices);
   if (room.bytes >= 0 && reduces_first) {
     ReduceParams params{};
-    params.pipeline = reduce_pipeline(static_cast<std::int64_t>(row_bytes), HeapLayout{1, 0, 0, 0},
-                                      static_cast<int>(routing.topk), !arguments.has_weights, 0);
+    params.state = group_.state;
+    params.pipeline =
+        reduce_pipeline(HeapLayout{1, 0, 0, 0}, static_cast<int>(routing.topk), !arguments.has_weights, 0);
     params.fan = routing.fan;
     params.received_rows = &routing.view.header->received_rows;
     params.topk = static_cast<std::int32_t>(routing.topk);
@@ -229,8 +236,8 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
   params.group = group_;
   params.most_entries = static_cast<std::int32_t>(
       routing.deduplicated() ? std::min<std::int64_t>(routing.topk, num_ranks()) : routing.topk);
-  params.pipeline = reduce_pipeline(static_cast<std::int64_t>(row_bytes), group_.layout, params.most_entries,
-                                    routing.deduplicated() && !shares_weights, in_parts ? kStageWarps : 0);
+  params.pipeline = reduce_pipeline(group_.layout, params.most_entries, routing.deduplicated() && !shares_weights,
+                                    in_parts ? kStageWarps : 0);
   params.unstaged = in_parts ? arguments.rows : nullptr;
   params.stage_warps = in_parts ? kStageWarps : 0;
   params.routing = routing.view;

@@ -32,7 +32,7 @@ constexpr std::size_t kPageBytes = std::size_t{2} << 20;
 }  // namespace
 
 Pool::Pool(int device, const HeapLayout& layout) : device_(device), layout_(layout) {
-  MOE_EP_CUDA_CHECK(cudaSetDevice(device));
+  const DeviceGuard guard(device);
   void* memory = nullptr;
   const cudaError_t error = cudaMalloc(&memory, align_up(layout.total_bytes(), kPageBytes));
   if (error != cudaSuccess) {
@@ -112,6 +112,7 @@ void Pool::record(cudaStream_t stream, Home& home) {
 
 void Pool::release(FreeList::Range range, cudaStream_t home, std::uint64_t capture, bool used) {
   if (range.bytes == 0) return;
+  const DeviceGuard guard(device_);
   std::lock_guard<std::mutex> lock(mutex_);
   leased_ -= range.bytes;
   if (capture != 0) {

@@ -286,14 +286,13 @@ __device__ inline void prepare_ring(const Pipeline& pipeline, const ReduceRing& 
 // All threads of a block.
 template <class R>
 __device__ inline void reduce_rows(const ReduceJob& job, const Pipeline& pipeline, const ReduceRing& ring) {
+  // Rows are whole vectors on any GPU, so where there are bulk copies they serve all of them.
 #if defined(MOE_EP_BULK_COPIES)
-  if (pipeline.use_bulk) {
-    prepare_ring(pipeline, ring);
-    reduce_rows_bulk<R>(job, pipeline, ring, OpenGate{});
-    return;
-  }
-#endif
+  prepare_ring(pipeline, ring);
+  reduce_rows_bulk<R>(job, pipeline, ring, OpenGate{});
+#else
   reduce_rows_vector<R>(job);
+#endif
 }
 
 }  // namespace gpu

@@ -187,21 +187,65 @@ __device__ inline void quantize_chunk(std::uint8_t* chunk, int elements, bool po
   }
 }
 
+// Of each warp's ring.
+constexpr int kSendStages = 2;
+
 // Shared memory of the bulk path.
 struct SendRing {
-  std::uint8_t* stages;     // [warps][stages][chunk_bytes]
-  std::uint64_t* barriers;  // [warps][stages], initialised with one arrival
+  std::uint8_t* stages;     // [warps][kSendStages][chunk_bytes]
+  std::uint64_t* barriers;  // [warps][kSendStages], initialised with one arrival
   float* scales;            // [warps][kMostScalesAChunk], where rows are quantised
 };
 
 __host__ __device__ inline std::size_t ring_bytes(const Pipeline& pipeline) {
-  return pipeline.use_bulk ? static_cast<std::size_t>(pipeline.warps) * pipeline.stages * pipeline.chunk_bytes : 0;
+  return pipeline.use_bulk ? static_cast<std::size_t>(pipeline.warps) * kSendStages * pipeline.chunk_bytes : 0;
 }
 
 // Of the barriers and the scales.
 __host__ __device__ inline std::size_t ring_side_bytes(const Pipeline& pipeline, bool quantize) {
   const std::size_t warps = static_cast<std::size_t>(pipeline.warps);
-  return warps * (pipeline.stages * sizeof(std::uint64_t) + (quantize ? kMostScalesAChunk * sizeof(float) : 0));
+  return warps * (kSendStages * sizeof(std::uint64_t) + (quantize ? kMostScalesAChunk * sizeof(float) : 0));
+}
+
+// How rows are sent, one kernel each: code that is not needed costs instruction fetches at every launch.
+struct BulkCopy {
+  static constexpr bool kBulk = true;
+  static constexpr bool kQuantizes = false;
+};
+template <class ElementType>
+struct BulkQuantize {
+  using Element = ElementType;
+  static constexpr bool kBulk = true;
+  static constexpr bool kQuantizes = true;
+};
+// Vectors, for any rows and any GPU.
+struct AnyRows {
+  static constexpr bool kBulk = false;
+};
+
+// Calls `visit` with every path until one fails.
+template <class Visit>
+cudaError_t for_each_path(Visit&& visit) {
+  cudaError_t error = visit(AnyRows{});
+  if (error == cudaSuccess) error = visit(BulkCopy{});
+  if (error == cudaSuccess) error = visit(BulkQuantize<Float32>{});
+  if (error == cudaSuccess) error = visit(BulkQuantize<BFloat16>{});
+  if (error == cudaSuccess) error = visit(BulkQuantize<Float16>{});
+  return error;
+}
+
+// Calls `visit` with the path for such rows.
+template <class Visit>
+cudaError_t visit_path(const RowSource& source, const Pipeline& pipeline, Visit&& visit) {
+  if (!pipeline.use_bulk) return visit(AnyRows{});
+  if (!source.quantize) return visit(BulkCopy{});
+  switch (source.element) {
+    case Element::kFloat32: return visit(BulkQuantize<Float32>{});
+    case Element::kBFloat16: return visit(BulkQuantize<BFloat16>{});
+    case Element::kFloat16: return visit(BulkQuantize<Float16>{});
+    case Element::kFloat8: break;
+  }
+  return cudaErrorInvalidValue;
 }
 
 struct SendItem {
@@ -250,21 +294,19 @@ class SendQueue {
 };
 
 // All warps of the pipeline. When it returns, what the calling thread stored has been written.
-template <int kStages>
+template <class Path>
 __device__ inline void send_rows_bulk(const SendJob& job, const Pipeline& pipeline, const SendRing& ring) {
-  constexpr int kAhead = kStages / 2 + (kStages == 3);
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x & 31;
   if (warp >= pipeline.warps) return;
-  std::uint8_t* stages = ring.stages + static_cast<std::size_t>(warp) * kStages * pipeline.chunk_bytes;
-  std::uint64_t* barriers = ring.barriers + warp * kStages;
-  float* scales = ring.scales + warp * kMostScalesAChunk;
+  std::uint8_t* stages = ring.stages + static_cast<std::size_t>(warp) * kSendStages * pipeline.chunk_bytes;
+  std::uint64_t* barriers = ring.barriers + warp * kSendStages;
+  [[maybe_unused]] float* scales = ring.scales + warp * kMostScalesAChunk;
   const int element = static_cast<int>(element_bytes(job.source.element));
   const int chunk_elements = pipeline.chunk_bytes / element;
   const int chunks = (job.source.hidden + chunk_elements - 1) / chunk_elements;
   const std::size_t source_row = static_cast<std::size_t>(job.source.hidden) * element;
-  const int out_element = job.source.quantize ? 1 : element;
-  const int row_scales = scales_per_row(job);
+  const int out_element = Path::kQuantizes ? 1 : element;
 
   const auto elements_of = [&](int chunk) {
     const int left = job.source.hidden - chunk * chunk_elements;
@@ -282,38 +324,31 @@ __device__ inline void send_rows_bulk(const SendJob& job, const Pipeline& pipeli
     return item.valid ? entry_of(job.entries, item.token, job.topk) : Entry{-1, -1, -1};
   };
 
-  // What is next for this warp: items in flight, the last of them being taken while the first is sent.
+  // This item is in flight; the next one is loaded while it is sent; the one after that is being taken.
   SendQueue queue(job.next_item, job.num_tokens, chunks, pipeline.chunk_bytes);
-  SendItem items[kAhead + 1];
-#pragma unroll
-  for (int i = 0; i < kAhead; ++i) {
-    items[i] = queue.take();
-    if (lane == 0 && items[i].valid) load(items[i], i);
-  }
-  items[kAhead] = queue.take();
-  Entry next = fetch(items[0]);
+  SendItem item = queue.take();
+  SendItem following = queue.take();
+  if (lane == 0 && item.valid) load(item, 0);
+  Entry next = fetch(item);
   int stage = 0;
   std::uint32_t parity = 0;
-  while (items[0].valid) {
-    const SendItem now = items[0];
+  while (item.valid) {
+    const SendItem now = item;
     const Entry entry = next;
-    next = fetch(items[1]);
-    if (items[kAhead].valid) {
-      // The stage was stored from kStages - kAhead items ago.
-      bulk_wait_read<kStages - kAhead - 1>();
+    next = fetch(following);
+    if (following.valid) {
+      bulk_wait_read<0>();
       __syncwarp();
-      if (lane == 0) load(items[kAhead], (stage + kAhead) % kStages);
+      if (lane == 0) load(following, stage ^ 1);
     }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) items[i] = items[i + 1];
-    items[kAhead] = queue.take();
+    item = following;
+    following = queue.take();
     const int elements = elements_of(now.chunk);
     const int count = count_entries(entry);
     std::uint8_t* data = stages + stage * pipeline.chunk_bytes;
     barrier_wait(barriers + stage, parity);
-    if (job.source.quantize) {
-      visit_element(job.source.element,
-                    [&](auto tag) { quantize_chunk<decltype(tag)>(data, elements, job.source.power_of_two, scales); });
+    if constexpr (Path::kQuantizes) {
+      quantize_chunk<typename Path::Element>(data, elements, job.source.power_of_two, scales);
       fence_shared_to_bulk();
       __syncwarp();
     }
@@ -323,19 +358,18 @@ __device__ inline void send_rows_bulk(const SendJob& job, const Pipeline& pipeli
                  data, static_cast<std::uint32_t>(elements * out_element));
     }
     bulk_commit();
-    if (job.source.quantize) {
+    if constexpr (Path::kQuantizes) {
+      const int row_scales = scales_per_row(job);
       const int first = now.chunk * (chunk_elements / static_cast<int>(kFp8Block));
       const int blocks = (elements + static_cast<int>(kFp8Block) - 1) / static_cast<int>(kFp8Block);
       for_each_entry(job, entry, count, [&](const Destination& to, std::size_t slot, int) {
-        for (int i = lane; i < blocks; i += 32) store_gathered(to.scales + slot * row_scales + first + i, scales[i]);
+        if (lane < blocks) store_gathered(to.scales + slot * row_scales + first + lane, scales[lane]);
       });
       __syncwarp();
     }
     if (now.chunk == 0) send_metadata(job, now.token, entry, count);
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
+    parity ^= stage;
+    stage ^= 1;
   }
   bulk_wait_written();
   fence_bulk_to_global();
@@ -425,22 +459,21 @@ __device__ inline void send_rows_vector(const SendJob& job) {
 }
 
 // All threads of a block. What they stored has been written when it returns, as far as each one's own stores go.
+template <class Path>
 __device__ inline void send_rows(const SendJob& job, const Pipeline& pipeline, const SendRing& ring) {
+  if constexpr (Path::kBulk) {
 #if defined(MOE_EP_BULK_COPIES)
-  if (pipeline.use_bulk) {
-    for (int i = threadIdx.x; i < pipeline.warps * pipeline.stages; i += blockDim.x) barrier_init(ring.barriers + i, 1);
+    for (int i = threadIdx.x; i < pipeline.warps * kSendStages; i += blockDim.x) barrier_init(ring.barriers + i, 1);
     fence_barrier_init();
     fence_shared_to_bulk();
     __syncthreads();
-    switch (pipeline.stages) {
-      case 2: send_rows_bulk<2>(job, pipeline, ring); return;
-      case 3: send_rows_bulk<3>(job, pipeline, ring); return;
-      case 4: send_rows_bulk<4>(job, pipeline, ring); return;
-      default: __trap();
-    }
-  }
+    send_rows_bulk<Path>(job, pipeline, ring);
+#else
+    __trap();
 #endif
-  send_rows_vector(job);
+  } else {
+    send_rows_vector(job);
+  }
 }
 
 // Zeros, and -1 as an id: a warp, for one row.

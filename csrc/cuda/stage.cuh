@@ -67,6 +67,14 @@ __device__ inline void stage_rows(const CombineParams& params, std::uint64_t seq
   const auto parts = static_cast<std::int64_t>((most + kRowsAPart - 1) / kRowsAPart);
   std::uint32_t loads = 0;
   std::uint32_t stores = 0;
+  std::uint64_t* unannounced = nullptr;
+  const auto announce = [&] {
+    if (unannounced == nullptr) return;
+    bulk_wait_written();
+    fence_bulk_to_global();
+    fence_system();
+    store_release_system(unannounced, sequence);
+  };
   for (std::int64_t unit = static_cast<std::int64_t>(blockIdx.x) * params.stage_warps + own;
        unit < parts * group.num_ranks; unit += static_cast<std::int64_t>(gridDim.x) * params.stage_warps) {
     const std::int64_t part = unit / group.num_ranks;
@@ -86,7 +94,10 @@ __device__ inline void stage_rows(const CombineParams& params, std::uint64_t seq
       barrier_arrive_expect(barriers + stage, size_at(at));
       bulk_load_once(stages + stage * kStageChunk, params.unstaged + offset + at, size_at(at), barriers + stage);
     };
+    bulk_wait_read<0>();
     load(0);
+    // While that is on its way, the part before has been written.
+    announce();
     for (std::size_t at = 0; at < bytes; at += kStageChunk) {
       if (at + kStageChunk < bytes) {
         bulk_wait_read<0>();
@@ -95,14 +106,12 @@ __device__ inline void stage_rows(const CombineParams& params, std::uint64_t seq
       const std::uint32_t stage = stores & 1;
       barrier_wait(barriers + stage, (stores >> 1) & 1);
       ++stores;
-      bulk_store(heap + offset + at, stages + stage * kStageChunk, size_at(at));
+      bulk_store_kept(heap + offset + at, stages + stage * kStageChunk, size_at(at));
       bulk_commit();
     }
-    bulk_wait_written();
-    fence_bulk_to_global();
-    fence_system();
-    store_release_system(staged_flag_of(group, source, group.rank, part), sequence);
+    unannounced = staged_flag_of(group, source, group.rank, part);
   }
+  announce();
 }
 
 }  // namespace gpu

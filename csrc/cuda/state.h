@@ -74,6 +74,7 @@ struct DeviceState {
   std::uint32_t passed;     // mark of the last barrier that all blocks have come to
   std::uint64_t bad_route;  // smallest flat index in topk_idx of an id out of range; kNoBadRoute
   std::uint32_t next_item;  // of the rows to send, taken by warps in turn
+  std::uint64_t given_up;   // sequence number of the last dispatch that all ranks gave up
 };
 
 constexpr std::uint64_t kNoBadRoute = ~0ull;
@@ -237,10 +238,11 @@ struct CombineParams {
 };
 
 constexpr int kStageChunk = 7168;  // bytes that such a warp copies at a time, in a ring of two
-constexpr int kStageWarps = 4;
+constexpr int kStageWarps = 6;
 
 // Weighted sums of each received row's experts, before they cross back: stage two in reverse.
 struct ReduceParams {
+  DeviceState* state;
   Pipeline pipeline;
   const Entry* fan;
   const std::int64_t* received_rows;

@@ -118,12 +118,21 @@ __device__ inline bool is_last_block(std::uint32_t* counter) {
 }
 
 // A barrier of all blocks: returns when each has come here, and sees what the others wrote before. `mark` is another
-// one than the last time. False: another block has given the operation up and will not come.
-__device__ inline bool wait_for_blocks(DeviceState* state, std::uint32_t mark) {
+// one than the last time. False: the operation has been given up, or not all blocks found room on the GPU in time.
+__device__ inline bool wait_for_blocks(const Group& group, std::uint32_t mark) {
+  DeviceState* state = group.state;
   if (is_last_block(&state->blocks[0]) && threadIdx.x == 0) store_release_device(&state->passed, mark);
   bool ok = true;
   if (threadIdx.x == 0) {
-    while (ok && load_acquire_device(&state->passed) != mark) ok = load_relaxed_device(&state->failed) == 0;
+    const std::uint64_t started = nanoseconds();
+    while (ok && load_acquire_device(&state->passed) != mark) {
+      ok = load_relaxed_device(&state->failed) == 0;
+      if (!ok || nanoseconds() - started <= group.timeout_ns) continue;
+      const std::int64_t values[kReportValues] = {group.rank, static_cast<std::int64_t>(Step::kArrival),
+                                                  static_cast<std::int64_t>(state->sequence), 0};
+      record_failure(group, Outcome::kTimeout, Operation::kDispatch, state->sequence + 1, values);
+      ok = false;
+    }
   }
   return __syncthreads_and(ok) != 0;
 }

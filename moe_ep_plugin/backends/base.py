@@ -33,6 +33,7 @@ class DispatchRequest:
         handle: Routing to reuse, or None.
         max_recv_tokens: Fixed row count, or None for exact sizes.
         wire: How rows cross: unquantised or FP8.
+        copied: Whether some tensor here is a copy, queued on the current stream, of one that was not contiguous.
         num_sms: SMs for this call, or None for the buffer's own number.
         async_op, previous_event: As the caller gave them; see ``Backend.orders_streams``.
     """
@@ -45,6 +46,7 @@ class DispatchRequest:
     handle: DispatchHandle | None
     max_recv_tokens: int | None
     wire: Wire
+    copied: bool = False
     num_sms: int | None = None
     async_op: bool = False
     previous_event: Event | None = None
@@ -60,13 +62,14 @@ class CombineRequest:
         row_weights: fp32 [handle.num_rows] factors (layout ``"expert"`` only), or None for a plain sum.
         row_values: fp32 values that travel back to the tokens: [num_rows] in layout ``"expert"``,
             [num_rows, num_topk] in layout ``"rank"``. None if none do.
-        num_sms, async_op, previous_event: As in :class:`DispatchRequest`.
+        copied, num_sms, async_op, previous_event: As in :class:`DispatchRequest`.
     """
 
     rows: torch.Tensor
     handle: DispatchHandle
     row_weights: torch.Tensor | None
     row_values: torch.Tensor | None
+    copied: bool = False
     num_sms: int | None = None
     async_op: bool = False
     previous_event: Event | None = None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -91,12 +92,17 @@ class GpuEvent:
 
 @dataclass(frozen=True)
 class _State:
-    """What a handle keeps: the host's view of the routing, and the device memory that it describes."""
+    """What a handle keeps: the host's view of the routing, and the device memory that it describes.
+
+    Attributes:
+        stream: The stream that the memory belongs to; use on another one must be recorded.
+    """
 
     routing: Any
     memory: torch.Tensor
     fan: torch.Tensor | None
     aligned_tokens: torch.Tensor | None
+    stream: torch.cuda.Stream
 
 
 class CudaBackend(Backend):
@@ -125,6 +131,7 @@ class CudaBackend(Backend):
         self._two_stage = two_stage
         self._ranks_on_device = ranks_on_device
         self._device_sms = module.num_sms_of(device.index)
+        self._in_flight: deque[tuple[GpuEvent, tuple[torch.Tensor | None, ...]]] = deque()
         self._warned_of_copies = False
         self._pid = os.getpid()
 
@@ -213,7 +220,7 @@ class CudaBackend(Backend):
         """See :class:`Backend`."""
         config, handle = self._c.config, request.handle
         communicator = self._connected()
-        x = _aligned(request.x)
+        x, copied = _aligned(request.x)
         quantize = request.wire == "fp8" and request.scale is None
         num_topk = handle.num_topk if handle is not None else request.topk_idx.shape[1]  # type: ignore[union-attr]
         layout = request.layout
@@ -225,9 +232,10 @@ class CudaBackend(Backend):
                 "sizes can't come to the host while a CUDA graph is captured",
                 "pass max_recv_tokens, or a handle",
             )
-        run, home = self._streams(request, x, request.scale, request.topk_idx, request.topk_weights)
-        state = self._new_state(x.shape[0], num_topk, limit, layout, run) if handle is None else handle.state
-        _use_on(run, home, state.memory, state.fan, state.aligned_tokens)
+        inputs = (x, request.scale, request.topk_idx, request.topk_weights)
+        run, home = self._streams(request, copied, inputs)
+        state = handle.state if handle is not None else self._new_state(x.shape[0], num_topk, limit, layout, run, home)
+        self._use_state(state, run)
         result = communicator.dispatch(
             x=x.data_ptr(),
             element=ELEMENT_CODES[x.dtype],
@@ -250,7 +258,7 @@ class CudaBackend(Backend):
         )
         fresh = handle is None
         if handle is None:
-            state = _State(result.routing, state.memory, state.fan, state.aligned_tokens)
+            state = replace(state, routing=result.routing)
             if state.fan is not None:
                 result.routing.set_fan(state.fan.data_ptr())
             handle = self._make_handle(request, state, num_topk)
@@ -262,7 +270,7 @@ class CudaBackend(Backend):
         else:
             offsets = communicator.expanded_offsets(result)
             block = self._expand(request, result, state, offsets[-1], fresh, has_scale, x.dtype, run, home)
-        event = GpuEvent(run, request.async_op)
+        event = self._finish(request, run, *inputs, block)
         rows, has_weights = handle.num_rows, request.topk_weights is not None
         _, scales_at, weights_at, indices_at, _ = offsets
         weights_shape = (rows,) if layout == "expert" else (rows, num_topk)
@@ -284,13 +292,14 @@ class CudaBackend(Backend):
         """See :class:`Backend`."""
         handle, state = request.handle, request.handle.state
         communicator = self._connected()
-        rows = _aligned(request.rows)
-        out = torch.empty(handle.num_tokens, self._c.config.hidden, dtype=rows.dtype, device=self._device)
+        rows, copied = _aligned(request.rows)
+        inputs = (rows, request.row_weights, request.row_values)
+        run, home = self._streams(request, copied, inputs)
+        out = self._empty((handle.num_tokens, self._c.config.hidden), rows.dtype, run, home)
         values = None
         if request.row_values is not None:
-            values = torch.empty(handle.num_tokens, handle.num_topk, device=self._device)
-        run, home = self._streams(request, rows, request.row_weights, request.row_values, out, values)
-        _use_on(run, home, state.memory, state.fan)
+            values = self._empty((handle.num_tokens, handle.num_topk), torch.float32, run, home)
+        self._use_state(state, run)
         result = communicator.combine(
             rows=rows.data_ptr(),
             element=ELEMENT_CODES[rows.dtype],
@@ -304,7 +313,7 @@ class CudaBackend(Backend):
             stream=run.cuda_stream,
             home=home.cuda_stream,
         )
-        event = GpuEvent(run, request.async_op)
+        event = self._finish(request, run, *inputs)
         self._c.stats.bytes_to_peers += result.bytes_to_peers
         self._c.stats.staged += result.staged
         return CombineOutput(x=out, row_values=values, event=event)
@@ -331,6 +340,7 @@ class CudaBackend(Backend):
     def close(self) -> None:
         """See :class:`Backend`. What is queued is finished; the heap itself lives on while leased tensors do."""
         self._depart(_CLOSED, "")
+        self._in_flight.clear()
         self._communicator = self._heap = None
 
     @property
@@ -361,36 +371,86 @@ class CudaBackend(Backend):
         return asked
 
     def _streams(
-        self, request: DispatchRequest | CombineRequest, *tensors: torch.Tensor | None
+        self, request: DispatchRequest | CombineRequest, copied: bool, inputs: tuple[torch.Tensor | None, ...]
     ) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
         """The stream that the operation runs on, ordered after what it needs, and the one that its results are for."""
+        for tensor in inputs:
+            if tensor is not None and tensor.device != self._device:
+                raise ConfigError.of(
+                    "a tensor's device", tensor.device, f"the buffer's heap is on {self._device}", "move the tensor"
+                )
         home = torch.cuda.current_stream(self._device)
         run = self._comm_stream if request.async_op else home
         if request.previous_event is not None:
             with torch.cuda.stream(run):
                 request.previous_event.wait()
-        elif request.async_op:
+        # A copy that was made of an input is queued on the current stream, after any event.
+        if request.async_op and (request.previous_event is None or copied or request.copied):
             run.wait_stream(home)
-        _use_on(run, home, *tensors)
+        if request.async_op:
+            for tensor in inputs:
+                if tensor is not None:
+                    tensor.record_stream(run)
         return run, home
 
+    def _finish(
+        self, request: DispatchRequest | CombineRequest, run: torch.cuda.Stream, *tensors: torch.Tensor | None
+    ) -> GpuEvent:
+        """The operation's event; keeps what an asynchronous one uses until it has completed.
+
+        Leases go back to the pool in the order of their home stream, which says nothing about this one.
+        """
+        event = GpuEvent(run, request.async_op)
+        if request.async_op and not torch.cuda.is_current_stream_capturing():
+            while self._in_flight and self._in_flight[0][0].query():
+                self._in_flight.popleft()
+            self._in_flight.append((event, tensors))
+        return event
+
+    def _use_state(self, state: _State, run: torch.cuda.Stream) -> None:
+        if run == state.stream:
+            return
+        for tensor in (state.memory, state.fan, state.aligned_tokens):
+            if tensor is not None:
+                tensor.record_stream(run)
+
     def _new_state(
-        self, num_tokens: int, num_topk: int, limit: int | None, layout: str, run: torch.cuda.Stream
+        self,
+        num_tokens: int,
+        num_topk: int,
+        limit: int | None,
+        layout: str,
+        run: torch.cuda.Stream,
+        home: torch.cuda.Stream,
     ) -> _State:
         """Device memory for a new routing, not yet filled."""
-        communicator = self._connected()
-        memory = self._bytes(communicator.routing_bytes(num_tokens, num_topk))
+        memory = self._bytes(self._connected().routing_bytes(num_tokens, num_topk), run, home)
         fan = None
         if layout == "expert" and self._two_stage:
             most = self._c.num_ranks * self._c.config.max_tokens_per_rank * num_topk
-            fan = self._bytes(most * self._module.fan_bytes)
+            fan = self._bytes(most * self._module.fan_bytes, run, home)
         tokens = None
         if limit is not None:
-            tokens = torch.empty(self._num_local_experts, dtype=torch.int64, device=self._device)
-        return _State(None, memory, fan, tokens)
+            tokens = self._empty((self._num_local_experts,), torch.int64, run, home)
+            # Sizes that work on the device reads must be sizes, also where the operation fails.
+            with torch.cuda.stream(run):
+                tokens.zero_()
+                memory[: self._module.routing_header_bytes + 8 * self._num_local_experts].zero_()
+        return _State(None, memory, fan, tokens, run)
 
-    def _bytes(self, count: int) -> torch.Tensor:
-        return torch.empty(max(1, count), dtype=torch.uint8, device=self._device)
+    def _empty(
+        self, shape: tuple[int, ...], dtype: torch.dtype, run: torch.cuda.Stream, home: torch.cuda.Stream
+    ) -> torch.Tensor:
+        """Memory that ``run`` writes and ``home`` uses; what ``home`` still does with it otherwise is no concern."""
+        if run is home:
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        with torch.cuda.stream(run):
+            out = torch.empty(shape, dtype=dtype, device=self._device)
+        out.record_stream(home)
+        return out
+
+    def _bytes(self, count: int, run: torch.cuda.Stream, home: torch.cuda.Stream) -> torch.Tensor:
+        return self._empty((max(1, count),), torch.uint8, run, home)
 
     @property
     def _num_local_experts(self) -> int:
@@ -403,8 +463,7 @@ class CudaBackend(Backend):
             return _leased(result.block)
         if total > 0:
             self._note_copy_out()
-        copy = self._bytes(total)
-        _use_on(run, home, copy)
+        copy = self._bytes(total, run, home)
         if result.data == 0:
             with torch.cuda.stream(run):
                 copy.zero_()
@@ -429,16 +488,14 @@ class CudaBackend(Backend):
         lease = communicator.lease(max(1, total), stream=run.cuda_stream, home=home.cuda_stream)
         if lease is None:
             self._note_copy_out()
-            block = self._bytes(total)
-            _use_on(run, home, block)
+            block = self._bytes(total, run, home)
         else:
             block = _leased(lease)
         if result.data == 0:
             with torch.cuda.stream(run):
                 block.zero_()
             return block
-        ids = self._bytes(state.fan.numel() // 2 if fresh else 1)  # type: ignore[union-attr]
-        _use_on(run, home, ids)
+        ids = self._bytes(state.fan.numel() // 2 if fresh else 1, run, home)  # type: ignore[union-attr]
         communicator.expand(
             staged=result,
             element=ELEMENT_CODES[FP8_DTYPE if has_scale else dtype],
@@ -507,18 +564,9 @@ def _has_mps() -> bool:
     return os.path.exists(os.path.join(folder, "control"))
 
 
-def _aligned(rows: torch.Tensor) -> torch.Tensor:
-    """``rows``, or a copy where a view starts between two vectors of 16 bytes."""
-    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
-
-
-def _use_on(run: torch.cuda.Stream, home: torch.cuda.Stream, *tensors: torch.Tensor | None) -> None:
-    """Keep torch from handing the memory of ``tensors`` out again before ``run`` is done with it."""
-    if run is home:
-        return
-    for tensor in tensors:
-        if tensor is not None:
-            tensor.record_stream(run)
+def _aligned(rows: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """``rows``, or a copy where a view starts between two vectors of 16 bytes; and whether it is one."""
+    return (rows, False) if rows.data_ptr() % 16 == 0 else (rows.clone(), True)
 
 
 def _leased(block: Any) -> torch.Tensor:
