@@ -52,29 +52,30 @@ struct DlManagedTensor {
 };
 
 constexpr std::int32_t kDlCuda = 2;
-constexpr std::uint8_t kDlUnsigned = 1;
 constexpr const char* kUnused = "dltensor";
 
-// A lease as uint8 [bytes], kept for as long as the tensor lives. Its end needs no Python.
+// Part of a lease, kept for as long as the tensor lives. Its end needs no Python.
 struct LeasedTensor {
   DlManagedTensor managed;
-  std::int64_t shape;
+  std::vector<std::int64_t> shape;
   std::shared_ptr<Pool::Lease> lease;
 };
 
-py::capsule dlpack_of(const std::shared_ptr<Pool::Lease>& lease) {
+// `type`: DLPack's code and bits of an element.
+py::capsule dlpack_of(const std::shared_ptr<Pool::Lease>& lease, std::size_t offset, std::pair<int, int> type,
+                      std::vector<std::int64_t> shape) {
   auto* leased = new LeasedTensor{};
-  leased->shape = static_cast<std::int64_t>(lease->bytes());
+  leased->shape = std::move(shape);
   leased->lease = lease;
   DlTensor& tensor = leased->managed.tensor;
-  tensor.data = lease->data();
+  tensor.data = lease->data() + offset;
   tensor.device_type = kDlCuda;
   tensor.device_id = lease->device();
-  tensor.num_dimensions = 1;
-  tensor.type_code = kDlUnsigned;
-  tensor.type_bits = 8;
+  tensor.num_dimensions = static_cast<std::int32_t>(leased->shape.size());
+  tensor.type_code = static_cast<std::uint8_t>(type.first);
+  tensor.type_bits = static_cast<std::uint8_t>(type.second);
   tensor.type_lanes = 1;
-  tensor.shape = &leased->shape;
+  tensor.shape = leased->shape.data();
   leased->managed.context = leased;
   leased->managed.deleter = [](DlManagedTensor* self) { delete static_cast<LeasedTensor*>(self->context); };
   return py::capsule(&leased->managed, kUnused, [](PyObject* capsule) {
@@ -85,15 +86,10 @@ py::capsule dlpack_of(const std::shared_ptr<Pool::Lease>& lease) {
   });
 }
 
-// More parts than this would take too much shared memory to keep track of.
-constexpr std::size_t kMostParts = 32768;
-
-std::shared_ptr<Pool> make_heap(int device, std::size_t num_ranks, std::size_t num_experts, std::size_t max_tokens,
-                                std::size_t pool_bytes, std::size_t overflow_bytes) {
-  const std::size_t parts = (max_tokens + kRowsAPart - 1) / kRowsAPart;
-  return std::make_shared<Pool>(
-      device, HeapLayout{num_ranks, num_experts, align_up(pool_bytes, kRegionAlignment),
-                         align_up(overflow_bytes, kRegionAlignment), num_ranks * parts <= kMostParts ? parts : 0});
+std::shared_ptr<Pool> make_heap(int device, std::size_t num_ranks, std::size_t num_experts, std::size_t pool_bytes,
+                                std::size_t overflow_bytes) {
+  return std::make_shared<Pool>(device, HeapLayout{num_ranks, num_experts, align_up(pool_bytes, kRegionAlignment),
+                                                   align_up(overflow_bytes, kRegionAlignment)});
 }
 
 py::bytes ipc_handle(const Pool& heap) {
@@ -125,8 +121,8 @@ std::unique_ptr<Communicator> connect(std::shared_ptr<Pool> heap, int rank,
 DispatchResult dispatch(Communicator& self, std::uintptr_t x, int element, std::optional<std::uintptr_t> scales,
                         std::int64_t num_tokens, std::int32_t hidden, std::uintptr_t topk_idx, std::int64_t topk,
                         std::optional<std::uintptr_t> weights, int layout, std::int64_t max_recv_rows, bool quantize,
-                        bool power_of_two, std::shared_ptr<Routing> routing, std::uintptr_t routing_memory,
-                        std::uintptr_t tokens_per_expert, int num_sms, std::uintptr_t stream, std::uintptr_t home) {
+                        bool power_of_two, std::shared_ptr<Routing> routing, std::uintptr_t routing_memory, int num_sms,
+                        std::uintptr_t stream, std::uintptr_t home) {
   DispatchArguments arguments{};
   arguments.source = RowSource{pointer<const std::uint8_t>(x),
                                pointer<const float>(scales.value_or(0)),
@@ -144,7 +140,6 @@ DispatchResult dispatch(Communicator& self, std::uintptr_t x, int element, std::
   arguments.max_recv_rows = max_recv_rows;
   arguments.routing = std::move(routing);
   arguments.routing_memory = pointer<void>(routing_memory);
-  arguments.tokens_per_expert = pointer<std::int64_t>(tokens_per_expert);
   arguments.num_sms = num_sms;
   arguments.streams = Streams{stream_of(stream), stream_of(home)};
   const py::gil_scoped_release release;
@@ -221,12 +216,13 @@ PYBIND11_MODULE(_cuda, module) {
   py::register_exception_translator(translate_error);
 
   py::class_<Pool::Lease, std::shared_ptr<Pool::Lease>>(module, "Block")
-      .def("dlpack", &dlpack_of)
+      .def("dlpack", &dlpack_of, py::arg("offset"), py::arg("type"), py::arg("shape"))
+      .def_property_readonly("device", &Pool::Lease::device)
       .def_property_readonly("data",
                              [](const Pool::Lease& lease) { return reinterpret_cast<std::uintptr_t>(lease.data()); });
   py::class_<Pool, std::shared_ptr<Pool>>(module, "Heap")
       .def(py::init(&make_heap), py::kw_only(), py::arg("device"), py::arg("num_ranks"), py::arg("num_experts"),
-           py::arg("max_tokens"), py::arg("pool_bytes"), py::arg("overflow_bytes"))
+           py::arg("pool_bytes"), py::arg("overflow_bytes"))
       .def("ipc_handle", &ipc_handle)
       .def("leased_bytes", &Pool::leased_bytes);
   py::class_<Routing, std::shared_ptr<Routing>>(module, "Routing")
@@ -234,7 +230,12 @@ PYBIND11_MODULE(_cuda, module) {
       .def_readonly("num_received", &Routing::num_received)
       .def_readonly("block_rows", &Routing::block_rows)
       .def_readonly("sent_rows", &Routing::sent_rows)
-      .def_readonly("tokens_per_local_expert", &Routing::tokens_per_local_expert)
+      .def_property_readonly("tokens_per_local_expert",
+                             [](const Routing& self) {
+                               const auto& rows = self.tokens_per_local_expert;
+                               return py::bytearray(reinterpret_cast<const char*>(rows.data()),
+                                                    rows.size() * sizeof(rows[0]));
+                             })
       .def("set_fan", [](Routing& self, std::uintptr_t address) { self.fan = pointer<Entry>(address); });
   py::class_<DispatchResult>(module, "DispatchResult")
       .def_readonly("block", &DispatchResult::lease)
@@ -256,8 +257,7 @@ PYBIND11_MODULE(_cuda, module) {
       .def("dispatch", &gpu::dispatch, py::kw_only(), py::arg("x"), py::arg("element"), py::arg("scales"),
            py::arg("num_tokens"), py::arg("hidden"), py::arg("topk_idx"), py::arg("topk"), py::arg("weights"),
            py::arg("layout"), py::arg("max_recv_rows"), py::arg("quantize"), py::arg("power_of_two"),
-           py::arg("routing"), py::arg("routing_memory"), py::arg("tokens_per_expert"), py::arg("num_sms"),
-           py::arg("stream"), py::arg("home"))
+           py::arg("routing"), py::arg("routing_memory"), py::arg("num_sms"), py::arg("stream"), py::arg("home"))
       .def("expand", &gpu::expand, py::kw_only(), py::arg("staged"), py::arg("element"), py::arg("hidden"),
            py::arg("fresh"), py::arg("ids"), py::arg("block"), py::arg("num_sms"), py::arg("stream"))
       .def("expanded_offsets",

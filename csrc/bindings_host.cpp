@@ -28,7 +28,7 @@ T* pointer(std::uintptr_t address) {
 HeapLayout heap_layout(std::size_t num_ranks, std::size_t num_experts, std::size_t pool_bytes,
                        std::size_t overflow_bytes) {
   return HeapLayout{num_ranks, num_experts, align_up(pool_bytes, kRegionAlignment),
-                    align_up(overflow_bytes, kRegionAlignment), 0};
+                    align_up(overflow_bytes, kRegionAlignment)};
 }
 
 std::shared_ptr<Pool> make_heap(const std::string& directory, std::size_t num_ranks, std::size_t num_experts,

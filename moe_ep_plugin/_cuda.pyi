@@ -12,7 +12,9 @@ class Block:
 
     @property
     def data(self) -> int: ...
-    def dlpack(self) -> Any: ...
+    @property
+    def device(self) -> int: ...
+    def dlpack(self, offset: int, type: tuple[int, int], shape: tuple[int, ...]) -> Any: ...
 
 class Heap:
     def __init__(
@@ -21,7 +23,6 @@ class Heap:
         device: int,
         num_ranks: int,
         num_experts: int,
-        max_tokens: int,
         pool_bytes: int,
         overflow_bytes: int,
     ) -> None: ...
@@ -38,7 +39,7 @@ class Routing:
     @property
     def sent_rows(self) -> int: ...
     @property
-    def tokens_per_local_expert(self) -> list[int]: ...
+    def tokens_per_local_expert(self) -> bytearray: ...
     def set_fan(self, address: int) -> None: ...
 
 class DispatchResult:
@@ -93,7 +94,6 @@ class Communicator:
         power_of_two: bool,
         routing: Routing | None,
         routing_memory: int,
-        tokens_per_expert: int,
         num_sms: int,
         stream: int,
         home: int,

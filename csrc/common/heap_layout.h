@@ -2,7 +2,7 @@
 // all ask here, so every rank and every device computes the same addresses.
 //
 //   header | posts[2][num_ranks] | flags[kNumSteps][num_ranks] | grants[2][num_ranks]
-//          | departures[num_ranks] | staged[num_ranks][staged_parts] | pool | overflow
+//          | departures[num_ranks] | pool | overflow
 //
 // Everything before the pool is written by peers into the reader's heap, so a rank waits on its own
 // memory only. Posts and grants are double-buffered by the parity of the sequence number: a peer can be at
@@ -30,11 +30,8 @@ MOE_EP_HOST_DEVICE constexpr std::size_t align_up(std::size_t value, std::size_t
 }
 
 // What a flag of one source rank says it has done for the operation whose sequence number it holds.
-enum class Step : int { kPost = 0, kGrant = 1, kArrival = 2, kRead = 3, kStaged = 4 };
-constexpr int kNumSteps = 4;  // with one flag a source; kStaged has one for each part of its rows
-
-// Rows in a part: what a rank copies into its heap before it tells the reader.
-constexpr std::size_t kRowsAPart = 2;
+enum class Step : int { kPost = 0, kGrant = 1, kArrival = 2, kRead = 3 };
+constexpr int kNumSteps = 4;
 
 enum class Operation : std::int32_t { kDispatch = 0, kCombine = 1 };
 enum class RowLayout : std::int32_t { kExpert = 0, kRank = 1 };
@@ -66,7 +63,6 @@ struct OperationPost {
   std::int64_t block_offset;   // dispatch: where peers may write; combine: where they may read
   std::int64_t block_bytes;    // -1: this rank could not find room, the operation is off
   std::int64_t side_offset;    // combine: weights (layout expert), then values
-  std::int64_t in_parts;       // combine: rows become readable part by part, each with its flag
   std::int64_t values_offset;
 };
 
@@ -99,7 +95,6 @@ struct HeapLayout {
   std::size_t num_experts;
   std::size_t pool_bytes;
   std::size_t overflow_bytes;
-  std::size_t staged_parts = 0;  // of the rows that one rank can have for another; 0: always staged whole
 
   // A post is followed by this rank's outgoing rows per expert and per rank, int32 each.
   MOE_EP_HOST_DEVICE std::size_t post_stride() const {
@@ -117,10 +112,7 @@ struct HeapLayout {
   MOE_EP_HOST_DEVICE std::size_t departure(std::size_t source) const {
     return align_up(grant(2, 0), kCacheLine) + source * sizeof(Departure);
   }
-  MOE_EP_HOST_DEVICE std::size_t staged(std::size_t source, std::size_t part) const {
-    return departure(num_ranks) + (source * staged_parts + part) * sizeof(std::uint64_t);
-  }
-  MOE_EP_HOST_DEVICE std::size_t control_bytes() const { return align_up(staged(num_ranks, 0), kRegionAlignment); }
+  MOE_EP_HOST_DEVICE std::size_t control_bytes() const { return align_up(departure(num_ranks), kRegionAlignment); }
   MOE_EP_HOST_DEVICE std::size_t pool() const { return control_bytes(); }
   MOE_EP_HOST_DEVICE std::size_t overflow() const { return align_up(pool() + pool_bytes, kRegionAlignment); }
   MOE_EP_HOST_DEVICE std::size_t total_bytes() const { return align_up(overflow() + overflow_bytes, kRegionAlignment); }

@@ -15,7 +15,6 @@ inline const char* step_name(Step step) {
     case Step::kGrant: return "the grant of a receive block";
     case Step::kArrival: return "the arrival of rows";
     case Step::kRead: return "the reading of rows";
-    case Step::kStaged: return "the staging of rows";
   }
   return "an unknown step";
 }

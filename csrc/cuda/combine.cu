@@ -3,7 +3,6 @@
 #include "cuda/exchange.cuh"
 #include "cuda/launch.h"
 #include "cuda/reduce.cuh"
-#include "cuda/stage.cuh"
 
 namespace moe_ep {
 namespace gpu {
@@ -18,34 +17,23 @@ struct CombineShared {
   std::uint64_t* barriers;
   std::uint8_t* stages;
 
-  PartTable parts;
-  StageRing staging;
-
-  __host__ __device__ static std::size_t barrier_count(const Pipeline& pipeline) {
-    return static_cast<std::size_t>(pipeline.warps) * pipeline.stages + 2 * kStageWarps;
+  __host__ __device__ static std::size_t fixed_bytes(int num_ranks, const Pipeline& pipeline) {
+    return align_up((3 * static_cast<std::size_t>(num_ranks) + pipeline.warps * pipeline.stages) * sizeof(void*), 128);
   }
-  __host__ __device__ static std::size_t fixed_bytes(const HeapLayout& layout, const Pipeline& pipeline) {
-    return align_up((3 * layout.num_ranks + barrier_count(pipeline)) * sizeof(void*) +
-                        PartTable::words(layout.num_ranks, layout.staged_parts) * sizeof(std::uint32_t),
-                    128);
-  }
-  __host__ __device__ static std::size_t ring_bytes(const Pipeline& pipeline, int most_entries) {
-    return pipeline.use_bulk
-               ? static_cast<std::size_t>(pipeline.warps) * pipeline.stages * most_entries * pipeline.chunk_bytes
-               : 0;
-  }
-  __device__ CombineShared(std::uint8_t* base, const HeapLayout& layout, const Pipeline& pipeline, int most_entries) {
+  __device__ CombineShared(std::uint8_t* base, int num_ranks, const Pipeline& pipeline) {
     rows = reinterpret_cast<const std::uint8_t**>(base);
-    weights = reinterpret_cast<const float**>(rows + layout.num_ranks);
-    values = weights + layout.num_ranks;
-    barriers = reinterpret_cast<std::uint64_t*>(values + layout.num_ranks);
-    staging.barriers = barriers + static_cast<std::size_t>(pipeline.warps) * pipeline.stages;
-    parts.first = reinterpret_cast<std::int32_t*>(barriers + barrier_count(pipeline));
-    parts.ready = reinterpret_cast<std::uint32_t*>(parts.first + layout.num_ranks);
-    stages = base + fixed_bytes(layout, pipeline);
-    staging.stages = stages + ring_bytes(pipeline, most_entries);
+    weights = reinterpret_cast<const float**>(rows + num_ranks);
+    values = weights + num_ranks;
+    barriers = reinterpret_cast<std::uint64_t*>(values + num_ranks);
+    stages = base + fixed_bytes(num_ranks, pipeline);
   }
 };
+
+std::size_t shared_bytes(const Pipeline& pipeline, int num_ranks, int most_entries) {
+  const std::size_t stage = static_cast<std::size_t>(most_entries) * pipeline.chunk_bytes;
+  const std::size_t ring = pipeline.use_bulk ? static_cast<std::size_t>(pipeline.warps) * pipeline.stages * stage : 0;
+  return CombineShared::fixed_bytes(num_ranks, pipeline) + ring;
+}
 
 __device__ void post_rows(const CombineParams& params, std::uint64_t sequence) {
   __shared__ OperationPost post;
@@ -62,27 +50,10 @@ __device__ void post_rows(const CombineParams& params, std::uint64_t sequence) {
     post.block_offset = params.rows_offset;
     post.block_bytes = params.block_bytes;
     post.side_offset = params.weights_offset;
-    post.in_parts = params.unstaged != nullptr;
     post.values_offset = params.values_offset;
   }
   __syncthreads();
   publish_post(params.group, sequence, post, nullptr, 0);
-}
-
-// Which ranks' rows become readable part by part: all threads; ends with a barrier. Whether there are any.
-[[maybe_unused]] __device__ bool read_parts(const CombineParams& params, std::uint64_t sequence,
-                                            const PartTable& table) {
-  const Group& group = params.group;
-  const std::size_t words =
-      PartTable::words(group.layout.num_ranks, group.layout.staged_parts) - group.layout.num_ranks;
-  for (std::size_t word = threadIdx.x; word < words; word += blockDim.x) table.ready[word] = 0;
-  bool any = false;
-  for (int rank = threadIdx.x; rank < group.num_ranks; rank += blockDim.x) {
-    const bool in_parts = post_field(group, sequence, rank, &OperationPost::in_parts) != 0;
-    table.first[rank] = in_parts ? static_cast<std::int32_t>(params.routing.first_at_rank[rank]) : -1;
-    any = any || in_parts;
-  }
-  return __syncthreads_or(any) != 0;
 }
 
 // Values of this rank's tokens, from beside the rows.
@@ -126,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_const
   const Group& group = params.group;
   if (load_relaxed_device(&group.state->failed) != 0) return;
   const std::uint64_t sequence = group.state->sequence + 1;
-  const CombineShared shared(memory, group.layout, params.pipeline, params.most_entries);
+  const CombineShared shared(memory, group.num_ranks, params.pipeline);
   if (blockIdx.x == 0) post_rows(params, sequence);
   if (!wait_for_all(group, Step::kPost, sequence, kOperation)) return;
   judge_posts(group, sequence, verdict);
@@ -161,22 +132,7 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_const
                         shared.rows,
                         params.weights_at_rows ? shared.weights : nullptr,
                         params.out};
-    const ReduceRing ring{shared.stages, shared.barriers};
-#if defined(MOE_EP_BULK_COPIES)
-    if (R::kPlain && read_parts(params, sequence, shared.parts)) {
-      for (int i = threadIdx.x; i < 2 * kStageWarps; i += blockDim.x) barrier_init(shared.staging.barriers + i, 1);
-      prepare_ring(params.pipeline, ring);
-      if (threadIdx.x / 32 < params.pipeline.warps) {
-        reduce_rows_bulk<R>(job, params.pipeline, ring, PartGate{&group, shared.parts, sequence});
-      } else if (params.unstaged != nullptr) {
-        stage_rows(params, sequence, shared.staging);
-      }
-    } else {
-      reduce_rows<R>(job, params.pipeline, ring);
-    }
-#else
-    reduce_rows<R>(job, params.pipeline, ring);
-#endif
+    reduce_rows<R>(job, params.pipeline, ReduceRing{shared.stages, shared.barriers});
   }
   if (!goes_on) clear_results(params);
   // The caller may write its rows again once every peer has read them.
@@ -190,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, 1) reduce_kernel(const __grid_consta
   extern __shared__ __align__(128) std::uint8_t memory[];
   // What a failed dispatch left is no routing.
   if (load_relaxed_device(&params.state->failed) != 0) return;
-  const CombineShared shared(memory, HeapLayout{1, 0, 0, 0}, params.pipeline, params.topk);
+  const CombineShared shared(memory, 1, params.pipeline);
   if (threadIdx.x == 0) {
     shared.rows[0] = params.rows;
     shared.weights[0] = params.weights;
@@ -241,10 +197,6 @@ cudaError_t visit_reduction(Element element, bool plain, int chunk_bytes, Visit&
 
 }  // namespace
 
-std::size_t combine_fixed_bytes(const HeapLayout& layout, const Pipeline& pipeline) {
-  return CombineShared::fixed_bytes(layout, pipeline);
-}
-
 cudaError_t prepare_combine(std::size_t most_shared_bytes) {
   const int bytes = static_cast<int>(most_shared_bytes);
   for (const Element element : {Element::kFloat32, Element::kBFloat16, Element::kFloat16}) {
@@ -266,9 +218,7 @@ cudaError_t prepare_combine(std::size_t most_shared_bytes) {
 }
 
 cudaError_t launch_combine(const CombineParams& params, int blocks, cudaStream_t stream) {
-  const std::size_t shared = CombineShared::fixed_bytes(params.group.layout, params.pipeline) +
-                             CombineShared::ring_bytes(params.pipeline, params.most_entries) +
-                             static_cast<std::size_t>(params.stage_warps) * 2 * kStageChunk;
+  const std::size_t shared = shared_bytes(params.pipeline, params.group.num_ranks, params.most_entries);
   const bool plain = params.deduplicated && !params.weights_at_rows;
   return visit_reduction(params.element, plain, params.pipeline.chunk_bytes, [&](auto reduction) {
     combine_kernel<decltype(reduction)><<<blocks, kThreads, shared, stream>>>(params);
@@ -277,8 +227,7 @@ cudaError_t launch_combine(const CombineParams& params, int blocks, cudaStream_t
 }
 
 cudaError_t launch_reduce(const ReduceParams& params, int blocks, cudaStream_t stream) {
-  const std::size_t shared = CombineShared::fixed_bytes(HeapLayout{1, 0, 0, 0}, params.pipeline) +
-                             CombineShared::ring_bytes(params.pipeline, params.topk);
+  const std::size_t shared = shared_bytes(params.pipeline, 1, params.topk);
   const bool plain = params.weights == nullptr;
   return visit_reduction(params.element, plain, params.pipeline.chunk_bytes, [&](auto reduction) {
     reduce_kernel<decltype(reduction)><<<blocks, kThreads, shared, stream>>>(params);

@@ -16,6 +16,8 @@ namespace {
 constexpr std::size_t kStaticSharedBytes = 512;
 constexpr int kMostStages = 8;
 constexpr std::int64_t kSmallChunk = 3584;
+constexpr std::int64_t kQuantizedChunk = 2048;  // elements
+static_assert(kQuantizedChunk <= kMostScalesAChunk * static_cast<std::int64_t>(kFp8Block), "their scales have room");
 
 std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 
@@ -195,9 +197,11 @@ Pipeline Communicator::send_pipeline(const RowSource& source, const RowSizes& si
   const auto room = static_cast<std::int64_t>(most_shared_bytes_ - align_up(at(num_destinations) * 48, 128) - 128);
   std::int64_t most = (room / kWarps - side) / 2;
   if (crowded && !source.quantize) most = std::min<std::int64_t>(most, kSmallChunk);
-  if (source.quantize) most = std::min(most, kMostScalesAChunk * static_cast<std::int64_t>(kFp8Block) * element);
+  if (source.quantize) most = std::min(most, kQuantizedChunk * element);
   const std::int64_t chunks = (row + most / unit * unit - 1) / (most / unit * unit);
-  pipeline.chunk_bytes = static_cast<std::int32_t>(((row + chunks - 1) / chunks + unit - 1) / unit * unit);
+  // Quantising goes by four blocks, so whole chunks and a short last one cost least.
+  const std::int64_t even = source.quantize ? most / unit * unit : (row + chunks - 1) / chunks;
+  pipeline.chunk_bytes = static_cast<std::int32_t>(std::min(row, (even + unit - 1) / unit * unit));
   if (tuned_send_.warps > 0) pipeline.warps = tuned_send_.warps;
   if (tuned_send_.chunk_bytes > 0) pipeline.chunk_bytes = tuned_send_.chunk_bytes;
   return pipeline;
@@ -205,20 +209,17 @@ Pipeline Communicator::send_pipeline(const RowSource& source, const RowSizes& si
 
 // Two stages a warp or more, and the warps and chunks that did best on an H200: many warps where a token has few rows,
 // whose sums are short, and fewer where memory is the limit anyway.
-Pipeline Communicator::reduce_pipeline(const HeapLayout& layout, int most_entries, bool plain, int stage_warps) const {
+Pipeline Communicator::reduce_pipeline(int num_sources, int most_entries, bool plain) const {
   Pipeline pipeline{};
   pipeline.use_bulk = has_bulk_;
   pipeline.chunk_bytes = plain && most_entries <= 2 ? kWideReduceChunk : kReduceChunk;
   if (tuned_reduce_.chunk_bytes > 0) pipeline.chunk_bytes = tuned_reduce_.chunk_bytes;
-  // The barriers are counted with the stages, so here without those of any warp.
-  const std::size_t room =
-      most_shared_bytes_ - combine_fixed_bytes(layout, Pipeline{}) - 128 - at(stage_warps) * 2 * kStageChunk;
+  const std::size_t room = most_shared_bytes_ - align_up(at(num_sources) * 24, 128) - 256;
   const std::size_t stage = at(most_entries) * at(pipeline.chunk_bytes) + sizeof(std::uint64_t);
-  int most_warps = tuned_reduce_.warps > 0 ? tuned_reduce_.warps
-                   : most_entries <= 2     ? kWarps
-                   : most_entries <= 4     ? 12
-                                           : 10;
-  if (stage_warps > 0) most_warps = std::min(most_warps, 8);
+  const int most_warps = tuned_reduce_.warps > 0 ? tuned_reduce_.warps
+                         : most_entries <= 2     ? kWarps
+                         : most_entries <= 4     ? 12
+                                                 : 10;
   for (int warps = most_warps; warps >= 1; --warps) {
     pipeline.warps = warps;
     pipeline.stages = static_cast<std::int32_t>(std::min<std::size_t>(kMostStages, room / (stage * at(warps))));

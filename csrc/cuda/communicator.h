@@ -61,7 +61,6 @@ struct DispatchArguments {
   std::int64_t max_recv_rows;        // -1: exact sizes, the host waits for counts
   std::shared_ptr<Routing> routing;  // reuse; null: route `topk_idx`
   void* routing_memory;              // RoutingView::bytes, 16-byte aligned
-  std::int64_t* tokens_per_expert;   // device, or null
   int num_sms;                       // 0: the default
   Streams streams;
 };
@@ -159,7 +158,7 @@ class Communicator {
   int num_ranks() const { return static_cast<int>(bases_.size()); }
   int blocks_for(int num_sms, std::int64_t items, int warps) const;
   Pipeline send_pipeline(const RowSource& source, const RowSizes& sizes, int num_destinations) const;
-  Pipeline reduce_pipeline(const HeapLayout& layout, int most_entries, bool plain, int stage_warps) const;
+  Pipeline reduce_pipeline(int num_sources, int most_entries, bool plain) const;
   int count_warps(int bins) const;
   void queue_behind(cudaStream_t stream);
   void queued(cudaStream_t stream);

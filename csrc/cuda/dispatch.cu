@@ -99,16 +99,7 @@ __device__ void place_bins(const DispatchParams& params, std::uint64_t sequence,
       before += source < group.rank ? count : 0;
     }
     totals[bin] = total;
-    if (bin >= routes.num_experts) params.routing.first_at_rank[bin - routes.num_experts] = before;
     first[bin] = before + counts_before(group.block_counts, bins, bin, blockIdx.x);
-  }
-  for (int end = threadIdx.x; end <= group.num_ranks; end += blockDim.x) {
-    std::int64_t rows = 0;
-    for (int source = 0; source < end; ++source) {
-      rows +=
-          load_cached_in_l2(counts_of(post_of(group, group.rank, sequence, source)) + routes.num_experts + group.rank);
-    }
-    params.routing.source_first[end] = rows;
   }
   __syncthreads();
   const int lane = threadIdx.x & 31;
@@ -133,9 +124,7 @@ __device__ void place_bins(const DispatchParams& params, std::uint64_t sequence,
         if (rank == group.rank) {
           params.routing.local_rows[i - begin] = rows;
           params.routing.local_first[i - begin] = start;
-          if (params.tokens_per_expert != nullptr) {
-            params.tokens_per_expert[i - begin] = params.layout == RowLayout::kExpert ? aligned : rows;
-          }
+          params.routing.returned_rows[i - begin] = params.layout == RowLayout::kExpert ? aligned : rows;
         }
       }
       row += __shfl_sync(0xffffffffu, sum, 31);
@@ -252,14 +241,12 @@ __device__ void empty_routing(const DispatchParams& params, std::uint64_t sequen
   }
   const int local = group.first_of_rank[group.rank + 1] - group.first_of_rank[group.rank];
   for (int i = threadIdx.x; i < local; i += blockDim.x) {
-    routing.local_rows[i] = routing.local_first[i] = 0;
-    if (params.tokens_per_expert != nullptr) params.tokens_per_expert[i] = 0;
+    routing.local_rows[i] = routing.returned_rows[i] = routing.local_first[i] = 0;
   }
   for (int rank = threadIdx.x; rank < group.num_ranks; rank += blockDim.x) {
     const std::int64_t fixed = post_field(group, sequence, rank, &OperationPost::block_rows);
     routing.rows_at_rank[rank] = fixed < 0 ? 0 : fixed;
   }
-  for (int source = threadIdx.x; source <= group.num_ranks; source += blockDim.x) routing.source_first[source] = 0;
   if (threadIdx.x == 0) {
     routing.header->id = sequence;
     routing.header->received_rows = 0;

@@ -13,7 +13,6 @@ namespace gpu {
 // Shared memory that a kernel needs.
 std::size_t dispatch_shared_bytes(const DispatchParams& params);
 std::size_t expand_shared_bytes(const ExpandParams& params);
-std::size_t combine_fixed_bytes(const HeapLayout& layout, const Pipeline& pipeline);  // beside the ring
 
 // Allows kernels the device's largest shared memory; once per process and device.
 cudaError_t prepare_dispatch(std::size_t most_shared_bytes);

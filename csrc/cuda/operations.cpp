@@ -51,7 +51,6 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
   params.deduplicated = deduplicated;
   params.max_recv_rows = limit;
   params.block_rows = limit < 0 ? -1 : staged ? most_received_rows() : limit;
-  params.tokens_per_expert = arguments.tokens_per_expert;
 
   DispatchResult result;
   result.sizes = params.sizes;
@@ -73,6 +72,12 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
   params.routing = routing.view;
 
   queue_behind(arguments.streams.run);
+  if (!reuses && limit >= 0) {
+    // Sizes that work on the device reads must be sizes, also where the operation fails.
+    MOE_EP_CUDA_CHECK(cudaMemsetAsync(arguments.routing_memory, 0,
+                                      sizeof(RoutingHeader) + 2 * at(num_local_experts_) * sizeof(std::int64_t),
+                                      arguments.streams.run));
+  }
   // The first of two stages is read by the second, on the same stream.
   const Streams streams{arguments.streams.run, staged ? arguments.streams.run : arguments.streams.home};
   Room room;
@@ -186,10 +191,6 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
   const bool weights_in_place = shares_weights && pool_->contains(arguments.weights);
   const bool values_in_place = !reduces_first && arguments.has_values && pool_->contains(arguments.values);
 
-  // Rows of layout rank are copied by the kernel itself, while peers read what is there already.
-  const bool in_parts = !in_place && routing.layout == RowLayout::kRank && has_bulk_ && shared_rows > 0 &&
-                        pool_->layout().staged_parts > 0;
-
   queue_behind(arguments.streams.run);
   // Rows, weights and values that peers read, each where it is not in place already.
   const ReceiveBlock arrays = ReceiveBlock::make(
@@ -204,8 +205,7 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
   if (room.bytes >= 0 && reduces_first) {
     ReduceParams params{};
     params.state = group_.state;
-    params.pipeline =
-        reduce_pipeline(HeapLayout{1, 0, 0, 0}, static_cast<int>(routing.topk), !arguments.has_weights, 0);
+    params.pipeline = reduce_pipeline(1, static_cast<int>(routing.topk), !arguments.has_weights);
     params.fan = routing.fan;
     params.received_rows = &routing.view.header->received_rows;
     params.topk = static_cast<std::int32_t>(routing.topk);
@@ -221,8 +221,7 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
     MOE_EP_CUDA_CHECK(
         launch_reduce(params, blocks_for(arguments.num_sms, items, params.pipeline.warps), arguments.streams.run));
   } else if (room.bytes >= 0 && shared_rows > 0) {
-    if (!in_place && !in_parts)
-      copy(block + arrays.rows, arguments.rows, shared_rows * row_bytes, arguments.streams.run);
+    if (!in_place) copy(block + arrays.rows, arguments.rows, shared_rows * row_bytes, arguments.streams.run);
     if (shares_weights && !weights_in_place) {
       copy(block + arrays.weights, arguments.weights, shared_rows * sizeof(float), arguments.streams.run);
     }
@@ -236,10 +235,7 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
   params.group = group_;
   params.most_entries = static_cast<std::int32_t>(
       routing.deduplicated() ? std::min<std::int64_t>(routing.topk, num_ranks()) : routing.topk);
-  params.pipeline = reduce_pipeline(group_.layout, params.most_entries, routing.deduplicated() && !shares_weights,
-                                    in_parts ? kStageWarps : 0);
-  params.unstaged = in_parts ? arguments.rows : nullptr;
-  params.stage_warps = in_parts ? kStageWarps : 0;
+  params.pipeline = reduce_pipeline(num_ranks(), params.most_entries, routing.deduplicated() && !shares_weights);
   params.routing = routing.view;
   params.num_tokens = routing.num_tokens;
   params.topk = static_cast<std::int32_t>(routing.topk);
@@ -258,10 +254,7 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
   params.values_out = arguments.values_out;
   const std::int64_t items =
       routing.num_tokens * chunks_of(static_cast<std::int64_t>(row_bytes), params.pipeline.chunk_bytes);
-  // A rank with few tokens of its own may have many rows to copy.
-  const std::int64_t copies = in_parts ? static_cast<std::int64_t>(shared_rows / kRowsAPart) : 0;
-  const int blocks = std::max(blocks_for(arguments.num_sms, items, params.pipeline.warps),
-                              blocks_for(arguments.num_sms, copies, kStageWarps));
+  const int blocks = blocks_for(arguments.num_sms, items, params.pipeline.warps);
   MOE_EP_CUDA_CHECK(launch_combine(params, blocks, arguments.streams.run));
   queued(arguments.streams.run);
 

@@ -120,14 +120,8 @@ __device__ inline ItemCursor first_item(const ReduceJob& job, int row_bytes, int
                     static_cast<int>(gridDim.x) * warps);
 }
 
-// Rows that can all be read from the start. Another gate may make the warp wait before an item is loaded.
-struct OpenGate {
-  __device__ void wait(const Entry&) const {}
-};
-
-template <class R, class Gate>
-__device__ inline void reduce_rows_bulk(const ReduceJob& job, const Pipeline& pipeline, const ReduceRing& ring,
-                                        const Gate& gate) {
+template <class R>
+__device__ inline void reduce_rows_bulk(const ReduceJob& job, const Pipeline& pipeline, const ReduceRing& ring) {
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x & 31;
   if (warp >= pipeline.warps) return;
@@ -139,7 +133,6 @@ __device__ inline void reduce_rows_bulk(const ReduceJob& job, const Pipeline& pi
 
   const auto load = [&](const ItemCursor& item, const Entry& entry, int stage) {
     if (!item.valid()) return;
-    gate.wait(entry);
     const int count = __popc(__ballot_sync(0xffffffffu, entry.rank >= 0));
     const std::uint32_t bytes = static_cast<std::uint32_t>(chunk_bytes<R>(row_bytes, item.chunk));
     if (lane == 0) barrier_arrive_expect(barriers + stage, count * bytes);
@@ -275,21 +268,16 @@ __device__ inline void reduce_rows_vector(const ReduceJob& job) {
   }
 }
 
-// All threads of a block, before its warps go different ways.
-__device__ inline void prepare_ring(const Pipeline& pipeline, const ReduceRing& ring) {
-  for (int i = threadIdx.x; i < pipeline.warps * pipeline.stages; i += blockDim.x) barrier_init(ring.barriers + i, 1);
-  fence_barrier_init();
-  fence_bulk_to_global();
-  __syncthreads();
-}
-
 // All threads of a block.
 template <class R>
 __device__ inline void reduce_rows(const ReduceJob& job, const Pipeline& pipeline, const ReduceRing& ring) {
   // Rows are whole vectors on any GPU, so where there are bulk copies they serve all of them.
 #if defined(MOE_EP_BULK_COPIES)
-  prepare_ring(pipeline, ring);
-  reduce_rows_bulk<R>(job, pipeline, ring, OpenGate{});
+  for (int i = threadIdx.x; i < pipeline.warps * pipeline.stages; i += blockDim.x) barrier_init(ring.barriers + i, 1);
+  fence_barrier_init();
+  fence_bulk_to_global();
+  __syncthreads();
+  reduce_rows_bulk<R>(job, pipeline, ring);
 #else
   reduce_rows_vector<R>(job);
 #endif

@@ -94,18 +94,15 @@ struct RoutingShape {
 
 struct RoutingView {
   RoutingHeader* header;
-  std::int64_t* local_rows;    // [num_local_experts] rows received, no padding
-  std::int64_t* local_first;   // [num_local_experts] first row in layout expert
-  std::int64_t* rows_at_rank;  // [num_ranks] rows of every rank's block
-  // Of deduplicated rows: where each source's begin in this rank's block, and this rank's in each other's.
-  std::int64_t* source_first;   // [num_ranks + 1]
-  std::int64_t* first_at_rank;  // [num_ranks]
+  std::int64_t* local_rows;     // [num_local_experts] rows received, no padding
+  std::int64_t* returned_rows;  // [num_local_experts] rows returned: with padding in layout expert
+  std::int64_t* local_first;    // [num_local_experts] first row in layout expert
+  std::int64_t* rows_at_rank;   // [num_ranks] rows of every rank's block
   Entry* entries;               // [num_tokens, topk]
   std::int32_t* ids;            // [num_tokens, topk]
 
   MOE_EP_HOST_DEVICE static std::size_t entries_offset(const RoutingShape& shape) {
-    return align_up(
-        sizeof(RoutingHeader) + (2 * shape.num_local_experts + 3 * shape.num_ranks + 1) * sizeof(std::int64_t), 16);
+    return align_up(sizeof(RoutingHeader) + (3 * shape.num_local_experts + shape.num_ranks) * sizeof(std::int64_t), 16);
   }
   MOE_EP_HOST_DEVICE static std::size_t bytes(const RoutingShape& shape) {
     return entries_offset(shape) + shape.num_tokens * shape.topk * (sizeof(Entry) + sizeof(std::int32_t));
@@ -115,10 +112,9 @@ struct RoutingView {
     RoutingView view{};
     view.header = reinterpret_cast<RoutingHeader*>(base);
     view.local_rows = reinterpret_cast<std::int64_t*>(base + sizeof(RoutingHeader));
-    view.local_first = view.local_rows + shape.num_local_experts;
+    view.returned_rows = view.local_rows + shape.num_local_experts;
+    view.local_first = view.returned_rows + shape.num_local_experts;
     view.rows_at_rank = view.local_first + shape.num_local_experts;
-    view.source_first = view.rows_at_rank + shape.num_ranks;
-    view.first_at_rank = view.source_first + shape.num_ranks + 1;
     view.entries = reinterpret_cast<Entry*>(base + entries_offset(shape));
     view.ids = reinterpret_cast<std::int32_t*>(view.entries + shape.num_tokens * shape.topk);
     return view;
@@ -186,13 +182,12 @@ struct DispatchParams {
   std::int64_t num_tokens;
   std::int32_t topk;
   RowLayout layout;
-  bool deduplicated;                // one row a (token, rank)
-  std::int64_t max_recv_rows;       // of the rows returned; -1: exact
-  std::int64_t block_rows;          // that this rank's block is laid out for; -1: as many as come
-  std::int64_t block_offset;        // of this rank's receive block in its heap
-  std::int64_t block_bytes;         // -1: no room
-  std::int64_t* tokens_per_expert;  // [num_local_experts] rows returned, padding included; or null
-  std::uint64_t ticket;             // 0: nobody waits for the counts
+  bool deduplicated;           // one row a (token, rank)
+  std::int64_t max_recv_rows;  // of the rows returned; -1: exact
+  std::int64_t block_rows;     // that this rank's block is laid out for; -1: as many as come
+  std::int64_t block_offset;   // of this rank's receive block in its heap
+  std::int64_t block_bytes;    // -1: no room
+  std::uint64_t ticket;        // 0: nobody waits for the counts
 };
 
 // The second stage: expert-major rows from the rank-major rows of this rank's block.
@@ -232,13 +227,7 @@ struct CombineParams {
   std::int64_t block_bytes;
   std::uint8_t* out;
   float* values_out;
-  // Rows that are not in the heap: copied to `rows_offset` part by part while peers read, by warps of their own.
-  const std::uint8_t* unstaged;  // null: the rows are where `rows_offset` says
-  std::int32_t stage_warps;
 };
-
-constexpr int kStageChunk = 7168;  // bytes that such a warp copies at a time, in a ring of two
-constexpr int kStageWarps = 6;
 
 // Weighted sums of each received row's experts, before they cross back: stage two in reverse.
 struct ReduceParams {

@@ -13,12 +13,6 @@ __device__ inline std::uint64_t* flag_of(const Group& group, int reader, Step st
               ->value;
 }
 
-// Says that a part of `source`'s rows for `reader` can be read.
-__device__ inline std::uint64_t* staged_flag_of(const Group& group, int reader, int source, std::int64_t part) {
-  return reinterpret_cast<std::uint64_t*>(
-      group.bases[reader] + group.layout.staged(static_cast<std::size_t>(source), static_cast<std::size_t>(part)));
-}
-
 __device__ inline OperationPost* post_of(const Group& group, int reader, std::uint64_t sequence, int source) {
   return reinterpret_cast<OperationPost*>(group.bases[reader] +
                                           group.layout.post(sequence & 1, static_cast<std::size_t>(source)));
@@ -49,10 +43,11 @@ __device__ inline void record_failure(const Group& group, Outcome outcome, Opera
   fence_system();
 }
 
-// Waits until `source` has set `flag` for `step` of `sequence` or a later one, and acquires its writes. False: the wait
+// Waits until `source` has signalled `step` for `sequence` or a later one, and acquires its writes. False: the wait
 // was given up, by this thread or another one, and the failure is recorded.
-__device__ inline bool wait_until(const Group& group, const std::uint64_t* flag, Step step, int source,
-                                  std::uint64_t sequence, Operation operation) {
+__device__ inline bool wait_for(const Group& group, Step step, int source, std::uint64_t sequence,
+                                Operation operation) {
+  const std::uint64_t* flag = flag_of(group, group.rank, step, source);
   if (load_acquire_system(flag) >= sequence) return true;
   const auto* departure = reinterpret_cast<const std::uint32_t*>(
       group.bases[group.rank] + group.layout.departure(static_cast<std::size_t>(source)));
@@ -76,11 +71,6 @@ __device__ inline bool wait_until(const Group& group, const std::uint64_t* flag,
     record_failure(group, outcome, operation, sequence, values);
     return false;
   }
-}
-
-__device__ inline bool wait_for(const Group& group, Step step, int source, std::uint64_t sequence,
-                                Operation operation) {
-  return wait_until(group, flag_of(group, group.rank, step, source), step, source, sequence, operation);
 }
 
 // All threads of a block: waits for every rank. The answer is the same for all of them.

@@ -101,7 +101,6 @@ class _State:
     routing: Any
     memory: torch.Tensor
     fan: torch.Tensor | None
-    aligned_tokens: torch.Tensor | None
     stream: torch.cuda.Stream
 
 
@@ -131,7 +130,7 @@ class CudaBackend(Backend):
         self._two_stage = two_stage
         self._ranks_on_device = ranks_on_device
         self._device_sms = module.num_sms_of(device.index)
-        self._in_flight: deque[tuple[GpuEvent, tuple[torch.Tensor | None, ...]]] = deque()
+        self._in_flight: deque[tuple[GpuEvent, tuple[Any, ...]]] = deque()
         self._warned_of_copies = False
         self._pid = os.getpid()
 
@@ -162,7 +161,6 @@ class CudaBackend(Backend):
                     device=device.index,
                     num_ranks=context.num_ranks,
                     num_experts=config.num_experts,
-                    max_tokens=config.max_tokens_per_rank,
                     pool_bytes=plan.pool,
                     overflow_bytes=plan.overflow,
                 )
@@ -234,7 +232,7 @@ class CudaBackend(Backend):
             )
         inputs = (x, request.scale, request.topk_idx, request.topk_weights)
         run, home = self._streams(request, copied, inputs)
-        state = handle.state if handle is not None else self._new_state(x.shape[0], num_topk, limit, layout, run, home)
+        state = handle.state if handle is not None else self._new_state(x.shape[0], num_topk, layout, run, home)
         self._use_state(state, run)
         result = communicator.dispatch(
             x=x.data_ptr(),
@@ -251,7 +249,6 @@ class CudaBackend(Backend):
             power_of_two=config.power_of_two_scales,
             routing=state.routing,
             routing_memory=state.memory.data_ptr(),
-            tokens_per_expert=address_of(state.aligned_tokens) or 0,
             num_sms=self._sms(request.num_sms),
             stream=run.cuda_stream,
             home=home.cuda_stream,
@@ -275,14 +272,14 @@ class CudaBackend(Backend):
         _, scales_at, weights_at, indices_at, _ = offsets
         weights_shape = (rows,) if layout == "expert" else (rows, num_topk)
         scales_shape = (rows, num_scales(config.hidden))
-        indices = _tensor(block, indices_at, torch.int64, (rows, num_topk)) if layout == "rank" else None
+        indices = _array(block, indices_at, torch.int64, (rows, num_topk)) if layout == "rank" else None
         if result.data == 0 and indices is not None:
             indices.fill_(-1)
         return DispatchOutput(
-            x=_tensor(block, 0, FP8_DTYPE if has_scale else x.dtype, (rows, config.hidden)),
-            scale=_tensor(block, scales_at, torch.float32, scales_shape) if has_scale else None,
+            x=_array(block, 0, FP8_DTYPE if has_scale else x.dtype, (rows, config.hidden)),
+            scale=_array(block, scales_at, torch.float32, scales_shape) if has_scale else None,
             topk_idx=indices,
-            topk_weights=_tensor(block, weights_at, torch.float32, weights_shape) if has_weights else None,
+            topk_weights=_array(block, weights_at, torch.float32, weights_shape) if has_weights else None,
             tokens_per_expert=self._tokens_per_expert(handle),
             handle=handle,
             event=event,
@@ -321,13 +318,13 @@ class CudaBackend(Backend):
     def empty_rows(self, handle: DispatchHandle, dtype: torch.dtype) -> torch.Tensor:
         """A lease of the heap, or ordinary memory where the pool is used up."""
         shape = (handle.num_rows, self._c.config.hidden)
-        stream = torch.cuda.current_stream(self._device)
+        stream = torch.cuda.current_stream(self._device.index)
         block = self._connected().lease(
             max(1, math.prod(shape) * dtype.itemsize), stream=stream.cuda_stream, home=stream.cuda_stream
         )
         if block is None:
             return torch.empty(shape, dtype=dtype, device=self._device)
-        return _tensor(_leased(block), 0, dtype, shape)
+        return _leased(block, 0, dtype, shape)
 
     def check(self) -> None:
         """See :class:`Backend`."""
@@ -379,7 +376,7 @@ class CudaBackend(Backend):
                 raise ConfigError.of(
                     "a tensor's device", tensor.device, f"the buffer's heap is on {self._device}", "move the tensor"
                 )
-        home = torch.cuda.current_stream(self._device)
+        home = torch.cuda.current_stream(self._device.index)
         run = self._comm_stream if request.async_op else home
         if request.previous_event is not None:
             with torch.cuda.stream(run):
@@ -393,9 +390,7 @@ class CudaBackend(Backend):
                     tensor.record_stream(run)
         return run, home
 
-    def _finish(
-        self, request: DispatchRequest | CombineRequest, run: torch.cuda.Stream, *tensors: torch.Tensor | None
-    ) -> GpuEvent:
+    def _finish(self, request: DispatchRequest | CombineRequest, run: torch.cuda.Stream, *used: Any) -> GpuEvent:
         """The operation's event; keeps what an asynchronous one uses until it has completed.
 
         Leases go back to the pool in the order of their home stream, which says nothing about this one.
@@ -404,13 +399,13 @@ class CudaBackend(Backend):
         if request.async_op and not torch.cuda.is_current_stream_capturing():
             while self._in_flight and self._in_flight[0][0].query():
                 self._in_flight.popleft()
-            self._in_flight.append((event, tensors))
+            self._in_flight.append((event, used))
         return event
 
     def _use_state(self, state: _State, run: torch.cuda.Stream) -> None:
         if run == state.stream:
             return
-        for tensor in (state.memory, state.fan, state.aligned_tokens):
+        for tensor in (state.memory, state.fan):
             if tensor is not None:
                 tensor.record_stream(run)
 
@@ -418,7 +413,6 @@ class CudaBackend(Backend):
         self,
         num_tokens: int,
         num_topk: int,
-        limit: int | None,
         layout: str,
         run: torch.cuda.Stream,
         home: torch.cuda.Stream,
@@ -429,14 +423,7 @@ class CudaBackend(Backend):
         if layout == "expert" and self._two_stage:
             most = self._c.num_ranks * self._c.config.max_tokens_per_rank * num_topk
             fan = self._bytes(most * self._module.fan_bytes, run, home)
-        tokens = None
-        if limit is not None:
-            tokens = self._empty((self._num_local_experts,), torch.int64, run, home)
-            # Sizes that work on the device reads must be sizes, also where the operation fails.
-            with torch.cuda.stream(run):
-                tokens.zero_()
-                memory[: self._module.routing_header_bytes + 8 * self._num_local_experts].zero_()
-        return _State(None, memory, fan, tokens, run)
+        return _State(None, memory, fan, run)
 
     def _empty(
         self, shape: tuple[int, ...], dtype: torch.dtype, run: torch.cuda.Stream, home: torch.cuda.Stream
@@ -456,11 +443,11 @@ class CudaBackend(Backend):
     def _num_local_experts(self) -> int:
         return len(self._c.placement.experts_of_rank[self._c.rank])
 
-    def _received(self, result: Any, run: torch.cuda.Stream, home: torch.cuda.Stream) -> torch.Tensor:
-        """The received block as bytes: the lease itself, or a copy where the pool is used up."""
+    def _received(self, result: Any, run: torch.cuda.Stream, home: torch.cuda.Stream) -> Any:
+        """The received block: the lease itself, or a copy as bytes where the pool is used up."""
         total = result.offsets[-1]
         if result.block is not None:
-            return _leased(result.block)
+            return result.block
         if total > 0:
             self._note_copy_out()
         copy = self._bytes(total, run, home)
@@ -482,18 +469,18 @@ class CudaBackend(Backend):
         dtype: torch.dtype,
         run: torch.cuda.Stream,
         home: torch.cuda.Stream,
-    ) -> torch.Tensor:
-        """Stage two: the block of the rows returned, as bytes."""
+    ) -> Any:
+        """Stage two: the block of the rows returned, a lease or bytes."""
         communicator = self._connected()
         lease = communicator.lease(max(1, total), stream=run.cuda_stream, home=home.cuda_stream)
         if lease is None:
             self._note_copy_out()
-            block = self._bytes(total, run, home)
+            block: Any = self._bytes(total, run, home)
         else:
-            block = _leased(lease)
+            block = lease
         if result.data == 0:
             with torch.cuda.stream(run):
-                block.zero_()
+                _array(block, 0, torch.uint8, (total,)).zero_()
             return block
         ids = self._bytes(state.fan.numel() // 2 if fresh else 1, run, home)  # type: ignore[union-attr]
         communicator.expand(
@@ -502,7 +489,7 @@ class CudaBackend(Backend):
             hidden=self._c.config.hidden,
             fresh=fresh,
             ids=ids.data_ptr(),
-            block=block.data_ptr(),
+            block=block.data_ptr() if isinstance(block, torch.Tensor) else block.data,
             num_sms=self._sms(request.num_sms),
             stream=run.cuda_stream,
         )
@@ -510,17 +497,14 @@ class CudaBackend(Backend):
 
     def _make_handle(self, request: DispatchRequest, state: _State, num_topk: int) -> DispatchHandle:
         routing, limit = state.routing, request.max_recv_tokens
-        if limit is None:
-            tokens = torch.tensor(routing.tokens_per_local_expert, dtype=torch.int64)
-        else:
-            first = self._module.routing_header_bytes
-            tokens = state.memory[first : first + 8 * self._num_local_experts].view(torch.int64)
+        known = limit is None
+        tokens = _from_bytes(routing.tokens_per_local_expert) if known else self._device_tokens(state, 0)
         return DispatchHandle(
             layout=request.layout,
             num_tokens=request.x.shape[0],
             num_topk=num_topk,
             num_rows=routing.num_rows,
-            num_received=routing.num_received if limit is None else None,
+            num_received=routing.num_received if known else None,
             tokens_per_expert=tokens,
             max_recv_tokens=limit,
             buffer_id=self._c.buffer_id,
@@ -528,13 +512,18 @@ class CudaBackend(Backend):
         )
 
     def _tokens_per_expert(self, handle: DispatchHandle) -> torch.Tensor:
-        aligned: torch.Tensor | None = handle.state.aligned_tokens
-        if aligned is not None:
-            return aligned
-        if handle.layout == "rank":
-            return handle.tokens_per_expert.clone()
+        if handle.max_recv_tokens is not None:
+            return self._device_tokens(handle.state, 1)
         alignment = self._c.config.expert_alignment
+        if handle.layout == "rank" or alignment == 1:
+            return _from_bytes(handle.state.routing.tokens_per_local_expert)
         return (handle.tokens_per_expert + alignment - 1) // alignment * alignment
+
+    def _device_tokens(self, state: _State, which: int) -> torch.Tensor:
+        """The first arrays of a routing's memory: rows received of each local expert (0), and rows returned (1)."""
+        size = 8 * self._num_local_experts
+        first = self._module.routing_header_bytes + which * size
+        return state.memory[first : first + size].view(torch.int64)
 
     def _note_copy_out(self) -> None:
         self._c.stats.copied_out += 1
@@ -569,18 +558,45 @@ def _aligned(rows: torch.Tensor) -> tuple[torch.Tensor, bool]:
     return (rows, False) if rows.data_ptr() % 16 == 0 else (rows.clone(), True)
 
 
-def _leased(block: Any) -> torch.Tensor:
-    """A lease as uint8 tensor that gives it back when its storage dies."""
-    tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(block.dlpack())
-    return tensor
+# DLPack's code and bits of an element.
+_DLPACK = {
+    torch.float32: (2, 32),
+    torch.bfloat16: (4, 16),
+    torch.float16: (2, 16),
+    torch.int64: (0, 64),
+    torch.uint8: (1, 8),
+}
+
+_Shape = tuple[int] | tuple[int, int]
 
 
-def _tensor(block: torch.Tensor, offset: int, dtype: torch.dtype, shape: tuple[int] | tuple[int, int]) -> torch.Tensor:
-    """A tensor over part of a block, which it keeps alive. Not a view, so autograd may modify it in place."""
+def _array(block: Any, offset: int, dtype: torch.dtype, shape: _Shape) -> torch.Tensor:
+    """A tensor over part of a block, be it a lease or bytes of torch's."""
+    if isinstance(block, torch.Tensor):
+        return _tensor(block, offset, dtype, shape)
+    return _leased(block, offset, dtype, shape)
+
+
+def _leased(block: Any, offset: int, dtype: torch.dtype, shape: _Shape) -> torch.Tensor:
+    """A tensor over part of a lease, which goes back when the last of them dies."""
+    if math.prod(shape) == 0:
+        return torch.empty(shape, dtype=dtype, device=torch.device("cuda", block.device))
+    kind = _DLPACK.get(dtype)
+    # FP8 crosses as bytes. Then by set_, as a view could not be modified in place under autograd.
+    tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(block.dlpack(offset, kind or _DLPACK[torch.uint8], shape))
+    return tensor if kind is not None else _tensor(tensor, 0, dtype, shape)
+
+
+def _tensor(block: torch.Tensor, offset: int, dtype: torch.dtype, shape: _Shape) -> torch.Tensor:
+    """A tensor over part of a block of bytes, which it keeps alive."""
     if math.prod(shape) == 0:
         return torch.empty(shape, dtype=dtype, device=block.device)
     strides = (shape[1], 1) if len(shape) == 2 else (1,)
-    start = block.storage_offset() + offset
     return torch.empty(0, dtype=dtype, device=block.device).set_(
-        block.untyped_storage(), start // dtype.itemsize, shape, strides
+        block.untyped_storage(), (block.storage_offset() + offset) // dtype.itemsize, shape, strides
     )
+
+
+def _from_bytes(rows: bytearray) -> torch.Tensor:
+    """int64 counts; the fastest way there is from C++ to a tensor."""
+    return torch.frombuffer(rows, dtype=torch.int64) if rows else torch.empty(0, dtype=torch.int64)
