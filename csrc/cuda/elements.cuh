@@ -3,7 +3,6 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -12,10 +11,6 @@
 
 namespace moe_ep {
 namespace gpu {
-
-// The smallest amax told from zero, as in moe_ep_plugin/wire.py.
-constexpr float kMinAmax = 7.888609052210118e-31f;  // 2^-100
-constexpr float kFp8Max = 448.0f;
 
 struct Float32 {
   static constexpr int kBytes = 4;
@@ -115,46 +110,6 @@ __device__ inline void visit_element(Element element, Visitor&& visit) {
     case Element::kFloat8: break;
   }
   __trap();
-}
-
-// a / 448, rounded correctly: a product and one step of refinement, which tests compare with the division.
-__device__ inline float divided_by_fp8_max(float a) {
-  constexpr float kInverse = 1.0f / kFp8Max;
-  const float quotient = __fmul_rn(a, kInverse);
-  return __fmaf_rn(__fmaf_rn(-kFp8Max, quotient, a), kInverse, quotient);
-}
-
-// The scale of a block whose largest finite magnitude is `amax`.
-__device__ inline float block_scale(float amax, bool power_of_two) {
-  float scale = divided_by_fp8_max(fmaxf(amax, kMinAmax));
-  if (power_of_two) scale = __uint_as_float((__float_as_uint(scale) + 0x7fffffu) & 0x7f800000u);
-  return scale;
-}
-
-__device__ inline float finite_magnitude(float value) {
-  const float magnitude = fabsf(value);
-  return magnitude < __uint_as_float(0x7f800000u) ? magnitude : 0.0f;
-}
-
-// NaN and infinities become NaN; rounding in the reciprocal may push the largest element one ulp past 448.
-__device__ inline float scaled_for_fp8(float value, float reciprocal) {
-  const float scaled = fminf(fmaxf(__fmul_rn(value, reciprocal), -kFp8Max), kFp8Max);
-  return fabsf(value) < __uint_as_float(0x7f800000u) ? scaled : __uint_as_float(0x7fffffffu);
-}
-
-__device__ inline std::uint32_t to_e4m3x4(const float* values, float reciprocal) {
-  const float2 low = make_float2(scaled_for_fp8(values[0], reciprocal), scaled_for_fp8(values[1], reciprocal));
-  const float2 high = make_float2(scaled_for_fp8(values[2], reciprocal), scaled_for_fp8(values[3], reciprocal));
-  return static_cast<std::uint32_t>(__nv_cvt_float2_to_fp8x2(low, __NV_SATFINITE, __NV_E4M3)) |
-         (static_cast<std::uint32_t>(__nv_cvt_float2_to_fp8x2(high, __NV_SATFINITE, __NV_E4M3)) << 16);
-}
-
-// The same for finite values: the conversion itself ends at 448.
-__device__ inline std::uint32_t finite_to_e4m3x4(const float* values, float reciprocal) {
-  const float2 low = make_float2(__fmul_rn(values[0], reciprocal), __fmul_rn(values[1], reciprocal));
-  const float2 high = make_float2(__fmul_rn(values[2], reciprocal), __fmul_rn(values[3], reciprocal));
-  return static_cast<std::uint32_t>(__nv_cvt_float2_to_fp8x2(low, __NV_SATFINITE, __NV_E4M3)) |
-         (static_cast<std::uint32_t>(__nv_cvt_float2_to_fp8x2(high, __NV_SATFINITE, __NV_E4M3)) << 16);
 }
 
 }  // namespace gpu

@@ -7,6 +7,7 @@
 #include "cuda/elements.cuh"
 #include "cuda/layout.cuh"
 #include "cuda/memory.cuh"
+#include "cuda/quantize.cuh"
 #include "cuda/state.h"
 
 namespace moe_ep {
@@ -96,94 +97,6 @@ __device__ inline void send_metadata(const SendJob& job, std::int64_t token, con
     for_each_entry(job, entry, count, [&](const Destination& to, std::size_t slot, int) {
       for (int i = lane; i < scales; i += 32) store_gathered(to.scales + slot * scales + i, from[i]);
     });
-  }
-}
-
-// Four blocks of 128, from block `first` of a chunk, in place: a half-warp takes every other one, eight elements a
-// lane. What is written lies before what later calls read. kWhole: all four are there.
-template <class T, bool kWhole>
-__device__ inline void quantize_four_blocks(std::uint8_t* chunk, int first, int elements, bool power_of_two,
-                                            float* scales) {
-  constexpr int kVectors = 8 / T::kPerVector;
-  const int lane = threadIdx.x & 31;
-  const int half = lane & 16;
-  const int column = first * static_cast<int>(kFp8Block) + half * 8 + (lane & 15) * 8;
-  constexpr int kNext = 2 * static_cast<int>(kFp8Block);  // elements to the half-warp's other block
-  uint4 vectors[2][kVectors];
-  std::uint32_t peaks[2] = {0, 0};
-#pragma unroll
-  for (int u = 0; u < 2; ++u) {
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      vectors[u][v] = make_uint4(0, 0, 0, 0);
-      if (kWhole || column + u * kNext < elements) {
-        vectors[u][v] = reinterpret_cast<const uint4*>(chunk + (column + u * kNext) * T::kBytes)[v];
-      }
-      peaks[u] = T::larger(peaks[u], T::peak(vectors[u][v]));
-    }
-  }
-#pragma unroll
-  for (int distance = 8; distance > 0; distance /= 2) {
-#pragma unroll
-    for (int u = 0; u < 2; ++u) peaks[u] = T::larger(peaks[u], __shfl_xor_sync(0xffffffffu, peaks[u], distance));
-  }
-  __syncwarp();
-  // Odd lanes work out the second block's scale beside the even ones' first.
-  const int own = lane & 1;
-  float amax = T::magnitude(own == 0 ? peaks[0] : peaks[1]);
-  const bool finite = __all_sync(0xffffffffu, amax < __uint_as_float(0x7f800000u)) != 0;
-  if (!finite) {
-    // Rare: infinities and NaN, which do not count.
-    float largest[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int u = 0; u < 2; ++u) {
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        float values[T::kPerVector];
-        T::unpack(vectors[u][v], values);
-#pragma unroll
-        for (int i = 0; i < T::kPerVector; ++i) largest[u] = fmaxf(largest[u], finite_magnitude(values[i]));
-      }
-#pragma unroll
-      for (int distance = 8; distance > 0; distance /= 2) {
-        largest[u] = fmaxf(largest[u], __shfl_xor_sync(0xffffffffu, largest[u], distance));
-      }
-    }
-    amax = own == 0 ? largest[0] : largest[1];
-  }
-  const float scale = block_scale(amax, power_of_two);
-  const float inverse = __frcp_rn(scale);
-  const int block = first + half / 16 + 2 * own;
-  if ((lane & 15) < 2 && (kWhole || block * static_cast<int>(kFp8Block) < elements)) scales[block] = scale;
-#pragma unroll
-  for (int u = 0; u < 2; ++u) {
-    const float reciprocal = __shfl_sync(0xffffffffu, inverse, half | u);
-    float values[8];
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      float unpacked[T::kPerVector];
-      T::unpack(vectors[u][v], unpacked);
-#pragma unroll
-      for (int i = 0; i < T::kPerVector; ++i) values[v * T::kPerVector + i] = unpacked[i];
-    }
-    const uint2 quantized =
-        finite ? make_uint2(finite_to_e4m3x4(values, reciprocal), finite_to_e4m3x4(values + 4, reciprocal))
-               : make_uint2(to_e4m3x4(values, reciprocal), to_e4m3x4(values + 4, reciprocal));
-    if (kWhole || column + u * kNext < elements) *reinterpret_cast<uint2*>(chunk + column + u * kNext) = quantized;
-  }
-  __syncwarp();
-}
-
-// Quantises a chunk in place: whole blocks of 128 but for a row's last, in units of 16 elements.
-template <class T>
-__device__ inline void quantize_chunk(std::uint8_t* chunk, int elements, bool power_of_two, float* scales) {
-  constexpr int kFour = 4 * static_cast<int>(kFp8Block);
-  int done = 0;
-  for (; done + kFour <= elements; done += kFour) {
-    quantize_four_blocks<T, true>(chunk, done / static_cast<int>(kFp8Block), elements, power_of_two, scales);
-  }
-  if (done < elements) {
-    quantize_four_blocks<T, false>(chunk, done / static_cast<int>(kFp8Block), elements, power_of_two, scales);
   }
 }
 
@@ -397,19 +310,6 @@ __device__ inline void copy_row(const SendJob& job, std::int64_t token, const En
         if (word < words) at[word] = held[u];
       }
     });
-  }
-}
-
-template <class T>
-__device__ inline void load_four(const std::uint8_t* from, float (&values)[4]) {
-  if constexpr (T::kBytes == 4) {
-    T::unpack(*reinterpret_cast<const uint4*>(from), values);
-  } else {
-    const uint2 pair = *reinterpret_cast<const uint2*>(from);
-    float eight[8];
-    T::unpack(make_uint4(pair.x, pair.y, 0, 0), eight);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) values[i] = eight[i];
   }
 }
 

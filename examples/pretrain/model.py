@@ -68,7 +68,8 @@ def build_model(options: argparse.Namespace, expert_rank: int, device: torch.dev
     )
     first_expert = expert_rank * (options.experts // options.expert_parallel)
     _initialise(model, options, first_expert)
-    return model.to(device)
+    # Norms come in fp32 whatever params_dtype says, and on GPUs they take rows of their own type only.
+    return model.to(device=device, dtype=dtype)
 
 
 def _initialise(model: GPTModel, options: argparse.Namespace, first_expert: int) -> None:

@@ -18,76 +18,14 @@ from ..handle import DispatchHandle
 from ..types import CombineOutput, DispatchOutput
 from ..wire import FP8_DTYPE, num_scales
 from .base import Backend, BackendContext, CombineRequest, DispatchRequest
+from .cuda_choices import LINK_SHARE, check_sms, default_num_sms, direct_moves_fewer_bytes
+from .gpu_tensors import GpuEvent, aligned, array, from_bytes
 from .host import ELEMENT_CODES, LAYOUT_CODES, address_of, machine_id
 from .select import agree
 
 logger = logging.getLogger("moe_ep_plugin")
 
 _CLOSED, _FAILED = 1, 2
-# More SMs than this gain nothing on an H200, measured with tests/bench/bench_throughput.py --scaling.
-_MOST_USEFUL_SMS = 24
-
-
-def default_num_sms(device_sms: int, ranks_on_device: int) -> int:
-    """SMs of one rank where none are asked for: its share of the GPU, up to what still helps."""
-    return max(1, min(_MOST_USEFUL_SMS, device_sms // ranks_on_device))
-
-
-def direct_moves_fewer_bytes(num_ranks: int, num_topk: int, link_share: float) -> bool:
-    """Whether layout ``"expert"`` is made faster by writing every copy from the sender than in two stages.
-
-    Time of one token's rows over the slowest resource, for uniformly random experts. A token reaches
-    ``R (1 - (1 - 1/R)^K)`` ranks. Directly, K rows leave it, ``K (R - 1) / R`` of them over the link. In two stages
-    one row a rank crosses, and the receiver then reads each and writes K.
-
-    Args:
-        num_ranks: R.
-        num_topk: K.
-        link_share: Bandwidth of the link between ranks, relative to that of memory (reads and writes added).
-    """
-    ranks_reached = num_ranks * (1 - (1 - 1 / num_ranks) ** num_topk)
-    remote = (num_ranks - 1) / num_ranks
-    direct = max(num_topk * remote / link_share, 1 + num_topk)
-    two_stage = max(ranks_reached * remote / link_share, 1 + ranks_reached) + ranks_reached + num_topk
-    return direct <= two_stage
-
-
-# NVLink over HBM, each way: 450 GB/s of 4.2 TB/s on an H200. PCIe makes two stages pay the more.
-_LINK_SHARE = 0.107
-
-
-class GpuEvent:
-    """Completion of an operation on the GPU.
-
-    Args:
-        stream: The stream that the operation is queued on.
-        at_once: Mark the place in the stream now, so that a wait does not wait for later work. Otherwise it is
-            marked when it is first asked for, which costs nothing where, as is usual, nobody asks.
-    """
-
-    def __init__(self, stream: torch.cuda.Stream, at_once: bool) -> None:
-        self._stream = stream
-        self._event: torch.cuda.Event | None = None
-        if at_once:
-            self._recorded()
-
-    def wait(self) -> None:
-        """Make the current stream wait for the operation."""
-        self._recorded().wait()
-
-    def query(self) -> bool:
-        """Whether the operation has completed."""
-        return bool(self._recorded().query())
-
-    def synchronize(self) -> None:
-        """Block the calling thread until the operation has completed."""
-        self._recorded().synchronize()
-
-    def _recorded(self) -> torch.cuda.Event:
-        if self._event is None:
-            self._event = torch.cuda.Event()
-            self._event.record(self._stream)
-        return self._event
 
 
 @dataclass(frozen=True)
@@ -182,9 +120,9 @@ class CudaBackend(Backend):
             raise BackendUnavailable(f"backend 'cuda' can't be used: {'; '.join(told)}")
         devices = [m["device"] for m in everyone]
         for m in everyone:
-            _check_sms(m["num_sms"], m["device_sms"], devices.count(m["device"]))
+            check_sms(m["num_sms"], m["device_sms"], devices.count(m["device"]))
         sharing = devices.count(mine["device"])
-        link_share = _LINK_SHARE if len(set(devices)) > 1 else 1.0
+        link_share = LINK_SHARE if len(set(devices)) > 1 else 1.0
         two_stage = config.expand == "two_stage" or (
             config.expand == "auto" and not direct_moves_fewer_bytes(context.num_ranks, config.num_topk, link_share)
         )
@@ -218,7 +156,7 @@ class CudaBackend(Backend):
         """See :class:`Backend`."""
         config, handle = self._c.config, request.handle
         communicator = self._connected()
-        x, copied = _aligned(request.x)
+        x, copied = aligned(request.x)
         quantize = request.wire == "fp8" and request.scale is None
         num_topk = handle.num_topk if handle is not None else request.topk_idx.shape[1]  # type: ignore[union-attr]
         layout = request.layout
@@ -272,14 +210,14 @@ class CudaBackend(Backend):
         _, scales_at, weights_at, indices_at, _ = offsets
         weights_shape = (rows,) if layout == "expert" else (rows, num_topk)
         scales_shape = (rows, num_scales(config.hidden))
-        indices = _array(block, indices_at, torch.int64, (rows, num_topk)) if layout == "rank" else None
+        indices = array(block, indices_at, torch.int64, (rows, num_topk)) if layout == "rank" else None
         if result.data == 0 and indices is not None:
             indices.fill_(-1)
         return DispatchOutput(
-            x=_array(block, 0, FP8_DTYPE if has_scale else x.dtype, (rows, config.hidden)),
-            scale=_array(block, scales_at, torch.float32, scales_shape) if has_scale else None,
+            x=array(block, 0, FP8_DTYPE if has_scale else x.dtype, (rows, config.hidden)),
+            scale=array(block, scales_at, torch.float32, scales_shape) if has_scale else None,
             topk_idx=indices,
-            topk_weights=_array(block, weights_at, torch.float32, weights_shape) if has_weights else None,
+            topk_weights=array(block, weights_at, torch.float32, weights_shape) if has_weights else None,
             tokens_per_expert=self._tokens_per_expert(handle),
             handle=handle,
             event=event,
@@ -289,7 +227,7 @@ class CudaBackend(Backend):
         """See :class:`Backend`."""
         handle, state = request.handle, request.handle.state
         communicator = self._connected()
-        rows, copied = _aligned(request.rows)
+        rows, copied = aligned(request.rows)
         inputs = (rows, request.row_weights, request.row_values)
         run, home = self._streams(request, copied, inputs)
         out = self._empty((handle.num_tokens, self._c.config.hidden), rows.dtype, run, home)
@@ -324,7 +262,7 @@ class CudaBackend(Backend):
         )
         if block is None:
             return torch.empty(shape, dtype=dtype, device=self._device)
-        return _leased(block, 0, dtype, shape)
+        return array(block, 0, dtype, shape)
 
     def check(self) -> None:
         """See :class:`Backend`."""
@@ -364,7 +302,7 @@ class CudaBackend(Backend):
     def _sms(self, asked: int | None) -> int:
         if asked is None:
             return 0
-        _check_sms(asked, self._device_sms, self._ranks_on_device)
+        check_sms(asked, self._device_sms, self._ranks_on_device)
         return asked
 
     def _streams(
@@ -480,7 +418,7 @@ class CudaBackend(Backend):
             block = lease
         if result.data == 0:
             with torch.cuda.stream(run):
-                _array(block, 0, torch.uint8, (total,)).zero_()
+                array(block, 0, torch.uint8, (total,)).zero_()
             return block
         ids = self._bytes(state.fan.numel() // 2 if fresh else 1, run, home)  # type: ignore[union-attr]
         communicator.expand(
@@ -498,7 +436,7 @@ class CudaBackend(Backend):
     def _make_handle(self, request: DispatchRequest, state: _State, num_topk: int) -> DispatchHandle:
         routing, limit = state.routing, request.max_recv_tokens
         known = limit is None
-        tokens = _from_bytes(routing.tokens_per_local_expert) if known else self._device_tokens(state, 0)
+        tokens = from_bytes(routing.tokens_per_local_expert) if known else self._device_tokens(state, 0)
         return DispatchHandle(
             layout=request.layout,
             num_tokens=request.x.shape[0],
@@ -516,7 +454,7 @@ class CudaBackend(Backend):
             return self._device_tokens(handle.state, 1)
         alignment = self._c.config.expert_alignment
         if handle.layout == "rank" or alignment == 1:
-            return _from_bytes(handle.state.routing.tokens_per_local_expert)
+            return from_bytes(handle.state.routing.tokens_per_local_expert)
         return (handle.tokens_per_expert + alignment - 1) // alignment * alignment
 
     def _device_tokens(self, state: _State, which: int) -> torch.Tensor:
@@ -537,66 +475,6 @@ class CudaBackend(Backend):
             )
 
 
-def _check_sms(num_sms: int | None, device_sms: int, ranks_on_device: int) -> None:
-    """Ranks on one GPU wait for each other, so all their blocks must find room on it at the same time."""
-    if num_sms is not None and num_sms * ranks_on_device > device_sms:
-        raise ConfigError.of(
-            "num_sms",
-            num_sms,
-            f"{ranks_on_device} ranks share a GPU of {device_sms} SMs",
-            f"use at most {device_sms // ranks_on_device}",
-        )
-
-
 def _has_mps() -> bool:
     folder = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")
     return os.path.exists(os.path.join(folder, "control"))
-
-
-def _aligned(rows: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """``rows``, or a copy where a view starts between two vectors of 16 bytes; and whether it is one."""
-    return (rows, False) if rows.data_ptr() % 16 == 0 else (rows.clone(), True)
-
-
-# DLPack's code and bits of an element.
-_DLPACK = {
-    torch.float32: (2, 32),
-    torch.bfloat16: (4, 16),
-    torch.float16: (2, 16),
-    torch.int64: (0, 64),
-    torch.uint8: (1, 8),
-}
-
-_Shape = tuple[int] | tuple[int, int]
-
-
-def _array(block: Any, offset: int, dtype: torch.dtype, shape: _Shape) -> torch.Tensor:
-    """A tensor over part of a block, be it a lease or bytes of torch's."""
-    if isinstance(block, torch.Tensor):
-        return _tensor(block, offset, dtype, shape)
-    return _leased(block, offset, dtype, shape)
-
-
-def _leased(block: Any, offset: int, dtype: torch.dtype, shape: _Shape) -> torch.Tensor:
-    """A tensor over part of a lease, which goes back when the last of them dies."""
-    if math.prod(shape) == 0:
-        return torch.empty(shape, dtype=dtype, device=torch.device("cuda", block.device))
-    kind = _DLPACK.get(dtype)
-    # FP8 crosses as bytes. Then by set_, as a view could not be modified in place under autograd.
-    tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(block.dlpack(offset, kind or _DLPACK[torch.uint8], shape))
-    return tensor if kind is not None else _tensor(tensor, 0, dtype, shape)
-
-
-def _tensor(block: torch.Tensor, offset: int, dtype: torch.dtype, shape: _Shape) -> torch.Tensor:
-    """A tensor over part of a block of bytes, which it keeps alive."""
-    if math.prod(shape) == 0:
-        return torch.empty(shape, dtype=dtype, device=block.device)
-    strides = (shape[1], 1) if len(shape) == 2 else (1,)
-    return torch.empty(0, dtype=dtype, device=block.device).set_(
-        block.untyped_storage(), (block.storage_offset() + offset) // dtype.itemsize, shape, strides
-    )
-
-
-def _from_bytes(rows: bytearray) -> torch.Tensor:
-    """int64 counts; the fastest way there is from C++ to a tensor."""
-    return torch.frombuffer(rows, dtype=torch.int64) if rows else torch.empty(0, dtype=torch.int64)

@@ -271,11 +271,13 @@ def two_in_flight() -> Raised | None:
             time.sleep(1.0)
             assert works(buffer)
             return None
+        # Made before: a copy to the device would wait behind the thread's kernel on the stream that both use.
+        arguments = tokens(buffer.rank)
         done: list[bool] = []
         thread = threading.Thread(target=lambda: done.append(works(buffer)))
         thread.start()
         time.sleep(0.4)
-        result = attempt(buffer.dispatch, *tokens(buffer.rank))
+        result = attempt(buffer.dispatch, *arguments)
         thread.join()
         assert done == [True]
         return result
