@@ -1,4 +1,4 @@
-"""What backend "cuda" decides without a GPU: SMs, direct writes or two stages, the memory it reserves, why it can't run."""
+"""What backend "cuda" decides without a GPU: SMs, direct writes or two stages, its memory, why it can't run."""
 
 from __future__ import annotations
 
