@@ -49,12 +49,15 @@ class EpConfig:
         expert_to_rank: The rank of every expert. None: contiguous, as even as possible.
         expand: How layout ``"expert"`` is made: ``"direct"`` writes every copy from the sender,
             ``"two_stage"`` sends a token once per rank and fans it out there; ``"auto"`` takes what moves
-            fewer bytes through the slowest link, which is ``"direct"`` inside one machine's memory.
-        num_sms: SMs that communication kernels may use. No effect on the CPU backends.
+            fewer bytes through the slowest link, which is ``"direct"`` inside one machine's or GPU's memory. In two
+            stages a rank's sum for a token crosses rounded to the rows' dtype.
+        num_sms: SMs that communication kernels may use. None: this rank's share of its GPU, at most 24. No effect
+            on the CPU backends.
         host_threads: Copy threads a rank uses on the host backend. None: this process's cores divided by
             the ranks that share them.
-        pool_bytes: Most bytes of the heap for leased rows. None: see :meth:`memory_plan`. When it is
-            used up, received rows are copied out of the heap instead, and that is counted and logged.
+        pool_bytes: Most bytes of the heap for leased rows; on GPUs they are taken when the buffer is made. None: see
+            :meth:`memory_plan`. When it is used up, received rows are copied out of the heap instead, and that is
+            counted and logged.
         shm_dir: Directory of a tmpfs that the host backend takes memory from.
         timeout_s: Longest wait for a peer, in seconds.
     """

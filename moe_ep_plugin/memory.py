@@ -13,8 +13,10 @@ _PAGE = 4096
 # Leased blocks of the largest kind that the default pool has room for: a few layers' activations.
 _DEFAULT_POOL_BLOCKS = 4
 _SMALLEST_POOL = 64 << 20
-# On GPUs: how much more than its even share of the routes a rank is expected to receive.
+# On GPUs: how much more than its even share of the routes a rank is expected to receive, and blocks of that size.
 _SPREAD = 2
+_POOL_BLOCKS_ON_GPU = 3
+_MOST_POOL_BLOCKS = 6
 
 
 def _align(value: int, alignment: int) -> int:
@@ -27,8 +29,8 @@ class MemoryPlan:
 
     Attributes:
         largest_block: The most that one dispatch can receive: every rank sends all its tokens here.
-        pool: Limit of the leased rows (``pool_bytes``, or a few times what a dispatch is expected to receive, and
-            at least ``largest_block``).
+        pool: Limit of the leased rows: ``pool_bytes``, or on the host a few times ``largest_block``, on GPUs 3 to 6
+            times what a dispatch is expected to receive.
         overflow: Kept aside for a dispatch that finds the pool used up; its rows are then copied out. On the
             host for the largest block; on GPUs, where it is taken at once, for twice a balanced one.
     """
@@ -60,9 +62,10 @@ def plan(config: EpConfig, num_ranks: int) -> MemoryPlan:
 
     largest = block(tokens)
     if config.device_type == "cuda":
-        # Memory is taken at once, so the worst case is kept room for once only, not for every block that is held.
+        # Memory is taken at once: blocks of the usual size for a few layers, and the worst case where it isn't far off.
         usual = min(largest, _SPREAD * block(config.max_tokens_per_rank))
-        default_pool, overflow = max(_DEFAULT_POOL_BLOCKS * usual, largest), usual
+        most = min(largest, _MOST_POOL_BLOCKS * usual)
+        default_pool, overflow = max(_POOL_BLOCKS_ON_GPU * usual, most), usual
     else:
         default_pool, overflow = _DEFAULT_POOL_BLOCKS * largest, largest
     pool = config.pool_bytes if config.pool_bytes is not None else max(default_pool, _SMALLEST_POOL)

@@ -191,12 +191,13 @@ __device__ void judge_room(const DispatchParams& params, std::uint64_t sequence,
 __device__ void report_call(const DispatchParams& params, std::uint64_t sequence, const Routes& routes,
                             const DispatchShared& shared, const Verdict& verdict) {
   __shared__ unsigned long long sent;
+  __shared__ unsigned long long received;
   const Group& group = params.group;
   Report* report = group.report;
   // A block that is too small is replaced by one of the size that is told here.
   const bool counted = verdict.outcome == Outcome::kOk || verdict.outcome == Outcome::kNoRoom;
   if (counted && params.fresh && params.ticket != 0) {
-    if (threadIdx.x == 0) sent = 0;
+    if (threadIdx.x == 0) sent = received = 0;
     __syncthreads();
     const std::int32_t* counts = counts_of(post_of(group, group.rank, sequence, group.rank));
     for (int bin = threadIdx.x; bin < routes.bins(); bin += blockDim.x) {
@@ -207,16 +208,15 @@ __device__ void report_call(const DispatchParams& params, std::uint64_t sequence
     }
     const int local = group.first_of_rank[group.rank + 1] - group.first_of_rank[group.rank];
     auto* rows = reinterpret_cast<std::int64_t*>(report + 1);
-    for (int i = threadIdx.x; i < local; i += blockDim.x) rows[i] = params.routing.local_rows[i];
+    for (int i = threadIdx.x; i < local; i += blockDim.x) {
+      rows[i] = params.routing.local_rows[i];
+      atomicAdd(&received, static_cast<unsigned long long>(params.routing.local_rows[i]));
+    }
     __syncthreads();
     if (threadIdx.x == 0) {
-      std::int64_t received = shared.needed[group.rank];
-      if (params.layout == RowLayout::kExpert) {
-        received = 0;
-        for (int i = 0; i < local; ++i) received += params.routing.local_rows[i];
-      }
       report->num_rows = params.max_recv_rows < 0 ? shared.needed[group.rank] : params.max_recv_rows;
-      report->num_received = received;
+      report->num_received =
+          params.layout == RowLayout::kExpert ? static_cast<std::int64_t>(received) : shared.needed[group.rank];
       report->block_rows = shared.rows_at_rank[group.rank];
       report->sent_rows = static_cast<std::int64_t>(sent);
       report->call.outcome = static_cast<std::uint32_t>(Outcome::kOk);

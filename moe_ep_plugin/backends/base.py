@@ -139,7 +139,8 @@ class Backend(ABC):
         """Bring rows back to their tokens and sum them.
 
         The sum of a token is taken in fp32 in one order: ranks ascending; within a rank, top-k
-        positions ascending, into a partial sum of its own; every product rounded before it is added.
+        positions ascending, into a partial sum of its own; every product rounded before it is added. In two stages
+        (``EpConfig.expand``) each rank's partial sum is rounded to the rows' dtype before it crosses.
         """
 
     @abstractmethod
