@@ -13,19 +13,17 @@ import torch
 
 from .._extension import load_cuda
 from ..bootstrap import exchange
-from ..errors import BackendUnavailable, ConfigError, StateError
+from ..errors import BackendUnavailable, ConfigError
 from ..handle import DispatchHandle
 from ..types import CombineOutput, DispatchOutput
 from ..wire import FP8_DTYPE, num_scales
-from .base import Backend, BackendContext, CombineRequest, DispatchRequest
+from .base import BackendContext, CombineRequest, DispatchRequest
 from .cuda_choices import LINK_SHARE, check_sms, default_num_sms, direct_moves_fewer_bytes
 from .gpu_tensors import GpuEvent, aligned, array, from_bytes
-from .host import ELEMENT_CODES, LAYOUT_CODES, address_of, machine_id
+from .heap import ELEMENT_CODES, LAYOUT_CODES, HeapBackend, address_of, machine_id
 from .select import agree
 
 logger = logging.getLogger("moe_ep_plugin")
-
-_CLOSED, _FAILED = 1, 2
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class _State:
     stream: torch.cuda.Stream
 
 
-class CudaBackend(Backend):
+class CudaBackend(HeapBackend):
     """See the module's text; made by :meth:`connect`."""
 
     name = "cuda"
@@ -59,18 +57,14 @@ class CudaBackend(Backend):
         two_stage: bool,
         ranks_on_device: int,
     ) -> None:
-        self._c = context
+        super().__init__(context, heap, communicator)
         self._module = module
-        self._heap = heap
-        self._communicator = communicator
         self._device = device
         self._comm_stream = torch.cuda.Stream(device=device, priority=-1)
         self._two_stage = two_stage
         self._ranks_on_device = ranks_on_device
         self._device_sms = module.num_sms_of(device.index)
         self._in_flight: deque[tuple[GpuEvent, tuple[Any, ...]]] = deque()
-        self._warned_of_copies = False
-        self._pid = os.getpid()
 
     @classmethod
     def connect(cls, context: BackendContext) -> CudaBackend:
@@ -268,36 +262,15 @@ class CudaBackend(Backend):
         """See :class:`Backend`."""
         self._connected().check()
 
-    def abandon(self, reason: str) -> None:
-        """See :class:`Backend`."""
-        self._depart(_FAILED, reason)
-
     def close(self) -> None:
-        """See :class:`Backend`. What is queued is finished; the heap itself lives on while leased tensors do."""
-        self._depart(_CLOSED, "")
+        """See :class:`Backend`."""
+        super().close()
         self._in_flight.clear()
-        self._communicator = self._heap = None
 
     @property
     def communicator(self) -> Any:
         """The compiled communicator, for benchmarks that try other pipelines."""
         return self._connected()
-
-    def _connected(self) -> Any:
-        communicator = self._communicator
-        if communicator is None:
-            raise StateError("the EpBuffer was closed while an operation was in flight")
-        if os.getpid() != self._pid:
-            raise StateError(
-                f"the EpBuffer belongs to process {self._pid}, and this is process {os.getpid()}, forked from it; "
-                "make a buffer in this process"
-            )
-        return communicator
-
-    def _depart(self, state: int, reason: str) -> None:
-        communicator = self._communicator
-        if communicator is not None and os.getpid() == self._pid:
-            communicator.depart(state, reason)
 
     def _sms(self, asked: int | None) -> int:
         if asked is None:
@@ -452,27 +425,15 @@ class CudaBackend(Backend):
     def _tokens_per_expert(self, handle: DispatchHandle) -> torch.Tensor:
         if handle.max_recv_tokens is not None:
             return self._device_tokens(handle.state, 1)
-        alignment = self._c.config.expert_alignment
-        if handle.layout == "rank" or alignment == 1:
+        if handle.layout == "rank" or self._c.config.expert_alignment == 1:
             return from_bytes(handle.state.routing.tokens_per_local_expert)
-        return (handle.tokens_per_expert + alignment - 1) // alignment * alignment
+        return self._aligned_counts(handle.tokens_per_expert)
 
     def _device_tokens(self, state: _State, which: int) -> torch.Tensor:
         """The first arrays of a routing's memory: rows received of each local expert (0), and rows returned (1)."""
         size = 8 * self._num_local_experts
         first = self._module.routing_header_bytes + which * size
         return state.memory[first : first + size].view(torch.int64)
-
-    def _note_copy_out(self) -> None:
-        self._c.stats.copied_out += 1
-        if not self._warned_of_copies:
-            self._warned_of_copies = True
-            logger.warning(
-                "moe_ep_plugin: rank %d: the pool of %d bytes is used up by leased rows; received rows are copied out "
-                "of the heap from now on, which is slower. Raise EpConfig.pool_bytes (Megatron: --moe-ep-pool-bytes).",
-                self._c.rank,
-                self._c.config.memory_plan(self._c.num_ranks).pool,
-            )
 
 
 def _has_mps() -> bool:

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .._extension import load_host
 from ..bootstrap import exchange
-from ..errors import BackendUnavailable, StateError
+from ..errors import BackendUnavailable
 from ..handle import DispatchHandle
 from ..types import CombineOutput, DispatchOutput, DoneEvent
 from ..wire import FP8_DTYPE, num_scales
-from .base import Backend, BackendContext, CombineRequest, DispatchRequest
+from .base import BackendContext, CombineRequest, DispatchRequest
+from .heap import ELEMENT_CODES, LAYOUT_CODES, HeapBackend, address_of, machine_id
 from .select import agree
-
-logger = logging.getLogger("moe_ep_plugin")
-
-ELEMENT_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, FP8_DTYPE: 3}
-LAYOUT_CODES = {"expert": 0, "rank": 1}
-_CLOSED, _FAILED = 1, 2
-
-
-def address_of(tensor: torch.Tensor | None) -> int | None:
-    """Address of the first element, for the compiled parts."""
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _check_room(directory: str, *, wanted: int) -> None:
@@ -48,25 +36,10 @@ def _threads(context: BackendContext) -> int:
     return context.config.host_threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
 
 
-def machine_id() -> str:
-    """Equal for processes that can map each other's memory: one boot of one kernel."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError as error:
-        raise BackendUnavailable(f"this machine can't be told from others: {error}") from error
-
-
-class HostBackend(Backend):
+class HostBackend(HeapBackend):
     """See the module's text; made by :meth:`connect`."""
 
     name = "host"
-
-    def __init__(self, context: BackendContext, heap: Any, communicator: Any) -> None:
-        self._c = context
-        self._heap = heap
-        self._communicator = communicator
-        self._warned_of_copies = False
-        self._pid = os.getpid()
 
     @classmethod
     def connect(cls, context: BackendContext) -> HostBackend:
@@ -189,32 +162,6 @@ class HostBackend(Backend):
     def check(self) -> None:
         """Nothing is under way between calls."""
 
-    def abandon(self, reason: str) -> None:
-        """See :class:`Backend`."""
-        self._depart(_FAILED, reason)
-
-    def close(self) -> None:
-        """See :class:`Backend`. The heap itself lives on while leased tensors do."""
-        self._depart(_CLOSED, "")
-        self._communicator = self._heap = None
-
-    def _connected(self) -> Any:
-        communicator = self._communicator
-        if communicator is None:
-            raise StateError("the EpBuffer was closed while an operation was in flight")
-        if os.getpid() != self._pid:
-            raise StateError(
-                f"the EpBuffer belongs to process {self._pid}, and this is process {os.getpid()}, forked from it; "
-                "make a buffer in this process"
-            )
-        return communicator
-
-    def _depart(self, state: int, reason: str) -> None:
-        # A forked child has the object, but is not the rank.
-        communicator = self._communicator
-        if communicator is not None and os.getpid() == self._pid:
-            communicator.depart(state, reason)
-
     def _leased(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         block = self._connected().lease(max(1, math.prod(shape) * dtype.itemsize))
         return torch.empty(shape, dtype=dtype) if block is None else _tensor(block, 0, dtype, shape)
@@ -235,19 +182,7 @@ class HostBackend(Backend):
     def _tokens_per_expert(self, handle: DispatchHandle) -> torch.Tensor:
         if handle.layout == "rank":
             return handle.tokens_per_expert.clone()
-        alignment = self._c.config.expert_alignment
-        return (handle.tokens_per_expert + alignment - 1) // alignment * alignment
-
-    def _note_copy_out(self) -> None:
-        self._c.stats.copied_out += 1
-        if not self._warned_of_copies:
-            self._warned_of_copies = True
-            logger.warning(
-                "moe_ep_plugin: rank %d: the pool of %d bytes is used up by leased rows; received rows are copied out "
-                "of the heap from now on, which is slower. Raise EpConfig.pool_bytes (Megatron: --moe-ep-pool-bytes).",
-                self._c.rank,
-                self._c.config.memory_plan(self._c.num_ranks).pool,
-            )
+        return self._aligned_counts(handle.tokens_per_expert)
 
 
 def _tensor(block: Any, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

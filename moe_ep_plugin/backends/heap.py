@@ -1,0 +1,86 @@
+"""What the backends over symmetric heaps share: the compiled communicator, its end, and how arguments cross to it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import BackendUnavailable, StateError
+from ..wire import FP8_DTYPE
+from .base import Backend, BackendContext
+
+logger = logging.getLogger("moe_ep_plugin")
+
+ELEMENT_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, FP8_DTYPE: 3}
+LAYOUT_CODES = {"expert": 0, "rank": 1}
+_CLOSED, _FAILED = 1, 2
+
+
+def address_of(tensor: torch.Tensor | None) -> int | None:
+    """Address of the first element, for the compiled parts."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def machine_id() -> str:
+    """Equal for processes that can map each other's memory: one boot of one kernel."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError as error:
+        raise BackendUnavailable(f"this machine can't be told from others: {error}") from error
+
+
+class HeapBackend(Backend):
+    """A rank's heap, a compiled communicator over the heaps of all ranks, and the process that they belong to."""
+
+    def __init__(self, context: BackendContext, heap: Any, communicator: Any) -> None:
+        self._c = context
+        self._heap = heap
+        self._communicator = communicator
+        self._warned_of_copies = False
+        self._pid = os.getpid()
+
+    def abandon(self, reason: str) -> None:
+        """See :class:`Backend`."""
+        self._depart(_FAILED, reason)
+
+    def close(self) -> None:
+        """See :class:`Backend`. What is queued is finished; the heap itself lives on while leased tensors do."""
+        self._depart(_CLOSED, "")
+        self._communicator = self._heap = None
+
+    def _connected(self) -> Any:
+        communicator = self._communicator
+        if communicator is None:
+            raise StateError("the EpBuffer was closed while an operation was in flight")
+        if os.getpid() != self._pid:
+            raise StateError(
+                f"the EpBuffer belongs to process {self._pid}, and this is process {os.getpid()}, forked from it; "
+                "make a buffer in this process"
+            )
+        return communicator
+
+    def _depart(self, state: int, reason: str) -> None:
+        # A forked child has the object, but is not the rank.
+        communicator = self._communicator
+        if communicator is not None and os.getpid() == self._pid:
+            communicator.depart(state, reason)
+
+    def _aligned_counts(self, counts: torch.Tensor) -> torch.Tensor:
+        """Rows of each local expert in layout ``"expert"``, padding included."""
+        alignment = self._c.config.expert_alignment
+        return (counts + alignment - 1) // alignment * alignment
+
+    def _note_copy_out(self) -> None:
+        self._c.stats.copied_out += 1
+        if not self._warned_of_copies:
+            self._warned_of_copies = True
+            logger.warning(
+                "moe_ep_plugin: rank %d: the pool of %d bytes is used up by leased rows; received rows are copied out "
+                "of the heap from now on, which is slower. Raise EpConfig.pool_bytes (Megatron: --moe-ep-pool-bytes).",
+                self._c.rank,
+                self._c.config.memory_plan(self._c.num_ranks).pool,
+            )
