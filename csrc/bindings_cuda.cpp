@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-#include "bindings_errors.h"
+#include "bindings_common.h"
 #include "cuda/check.h"
 #include "cuda/communicator.h"
 
@@ -23,11 +23,6 @@ namespace py = pybind11;
 namespace moe_ep {
 namespace gpu {
 namespace {
-
-template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 cudaStream_t stream_of(std::uintptr_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
 
@@ -88,8 +83,7 @@ py::capsule dlpack_of(const std::shared_ptr<Pool::Lease>& lease, std::size_t off
 
 std::shared_ptr<Pool> make_heap(int device, std::size_t num_ranks, std::size_t num_experts, std::size_t pool_bytes,
                                 std::size_t overflow_bytes) {
-  return std::make_shared<Pool>(device, HeapLayout{num_ranks, num_experts, align_up(pool_bytes, kRegionAlignment),
-                                                   align_up(overflow_bytes, kRegionAlignment)});
+  return std::make_shared<Pool>(device, HeapLayout::make(num_ranks, num_experts, pool_bytes, overflow_bytes));
 }
 
 py::bytes ipc_handle(const Pool& heap) {
@@ -243,7 +237,6 @@ PYBIND11_MODULE(_cuda, module) {
                              [](const DispatchResult& self) { return reinterpret_cast<std::uintptr_t>(self.data); })
       .def_property_readonly("offsets", [](const DispatchResult& self) { return offsets_of(self.offsets); })
       .def_readonly("routing", &DispatchResult::routing)
-      .def_readonly("must_copy", &DispatchResult::must_copy)
       .def_property_readonly("bytes_per_row", [](const DispatchResult& self) {
         return std::size_t{self.sizes.row} + self.sizes.scale + self.sizes.weight + self.sizes.index;
       });

@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "bindings_errors.h"
+#include "bindings_common.h"
 #include "host/communicator.h"
 
 namespace py = pybind11;
@@ -20,20 +20,9 @@ namespace {
 
 using Address = std::tuple<std::int64_t, std::int64_t, std::uint64_t, std::uint64_t, std::uint64_t>;
 
-template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-HeapLayout heap_layout(std::size_t num_ranks, std::size_t num_experts, std::size_t pool_bytes,
-                       std::size_t overflow_bytes) {
-  return HeapLayout{num_ranks, num_experts, align_up(pool_bytes, kRegionAlignment),
-                    align_up(overflow_bytes, kRegionAlignment)};
-}
-
 std::shared_ptr<Pool> make_heap(const std::string& directory, std::size_t num_ranks, std::size_t num_experts,
                                 std::size_t pool_bytes, std::size_t overflow_bytes) {
-  const HeapLayout layout = heap_layout(num_ranks, num_experts, pool_bytes, overflow_bytes);
+  const HeapLayout layout = HeapLayout::make(num_ranks, num_experts, pool_bytes, overflow_bytes);
   return std::make_shared<Pool>(Segment::create(directory, layout.total_bytes()), layout);
 }
 
@@ -176,7 +165,7 @@ PYBIND11_MODULE(_host, module) {
   module.def(
       "heap_bytes",
       [](std::size_t num_ranks, std::size_t num_experts, std::size_t pool_bytes, std::size_t overflow_bytes) {
-        const HeapLayout layout = heap_layout(num_ranks, num_experts, pool_bytes, overflow_bytes);
+        const HeapLayout layout = HeapLayout::make(num_ranks, num_experts, pool_bytes, overflow_bytes);
         return std::make_tuple(layout.control_bytes(), layout.total_bytes());
       },
       py::arg("num_ranks"), py::arg("num_experts"), py::arg("pool_bytes"), py::arg("overflow_bytes"),

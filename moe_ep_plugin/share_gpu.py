@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     reason = _why_without(options.ranks)
     try:
         if reason is None and _answers(os.environ):
-            _say(f"using the MPS that runs already in {_pipe_directory(os.environ)}")
+            _say(f"using the MPS that runs already in {pipe_directory(os.environ)}")
         elif reason is None:
             # Signals wait until they are asked for, also while MPS starts and stops.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED | {signal.SIGCHLD})
@@ -265,7 +265,7 @@ def _processes(folder: str, *, service: bool) -> list[int]:
 
 def _answers(environment: Mapping[str, str], request: str = "get_server_list") -> bool:
     """Whether an MPS takes a request where CUDA would look for it with this environment."""
-    if not os.path.exists(f"{_pipe_directory(environment)}/control"):
+    if not os.path.exists(f"{pipe_directory(environment)}/control"):
         return False
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         line = request.encode() + b"\n"
@@ -278,7 +278,8 @@ def _directories(folder: str) -> dict[str, str]:
     return {"CUDA_MPS_PIPE_DIRECTORY": f"{folder}/pipe", "CUDA_MPS_LOG_DIRECTORY": f"{folder}/log"}
 
 
-def _pipe_directory(environment: Mapping[str, str]) -> str:
+def pipe_directory(environment: Mapping[str, str]) -> str:
+    """Where CUDA looks for an MPS with this environment; one that runs has its socket ``control`` there."""
     return environment.get("CUDA_MPS_PIPE_DIRECTORY") or "/tmp/nvidia-mps"
 
 

@@ -16,7 +16,7 @@ import torch
 from moe_ep_plugin import BackendUnavailable
 from moe_ep_plugin._extension import load_host
 
-from .harness import RankPool
+from .harness import RankPool, pools_of
 
 # The default draws the same examples every time, so that a failure is the change's own; ``soak`` looks for new ones.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, database=None)
@@ -87,14 +87,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], RankPool]]:
     """``ranks(n)``: the session's pool of n ranks. Its processes are kept between tests."""
-    pools: dict[int, RankPool] = {}
-
-    def pool_of(num_ranks: int) -> RankPool:
-        return pools.setdefault(num_ranks, RankPool(num_ranks))
-
-    yield pool_of
-    for pool in pools.values():
-        pool.close()
+    yield from pools_of(RankPool)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -233,6 +233,18 @@ def run_ranks(num_ranks: int, function: Callable[P, T], *args: P.args, **kwargs:
     """Call ``function`` once on ``num_ranks`` fresh processes; see :meth:`RankPool.run`."""
     with RankPool(num_ranks) as pool:
         return pool.run(function, *args, **kwargs)
+
+
+def pools_of(kind: Callable[[int], RankPool]) -> Iterator[Callable[[int], RankPool]]:
+    """Body of a fixture: gives ``ranks(n)``, one pool of n ranks for all who ask, and closes them in the end."""
+    pools: dict[int, RankPool] = {}
+
+    def pool_of(num_ranks: int) -> RankPool:
+        return pools.setdefault(num_ranks, kind(num_ranks))
+
+    yield pool_of
+    for pool in pools.values():
+        pool.close()
 
 
 def _server() -> multiprocessing.context.ForkServerContext:

@@ -96,6 +96,13 @@ struct HeapLayout {
   std::size_t pool_bytes;
   std::size_t overflow_bytes;
 
+  // Regions of at least so many bytes.
+  static HeapLayout make(std::size_t num_ranks, std::size_t num_experts, std::size_t pool_bytes,
+                         std::size_t overflow_bytes) {
+    return HeapLayout{num_ranks, num_experts, align_up(pool_bytes, kRegionAlignment),
+                      align_up(overflow_bytes, kRegionAlignment)};
+  }
+
   // A post is followed by this rank's outgoing rows per expert and per rank, int32 each.
   MOE_EP_HOST_DEVICE std::size_t post_stride() const {
     return align_up(sizeof(OperationPost) + (num_experts + num_ranks) * sizeof(std::int32_t), kCacheLine);

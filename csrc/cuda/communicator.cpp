@@ -5,6 +5,7 @@
 #include <cstring>
 #include <utility>
 
+#include "common/index.h"
 #include "cuda/check.h"
 #include "cuda/launch.h"
 
@@ -18,8 +19,6 @@ constexpr int kMostStages = 8;
 constexpr std::int64_t kSmallChunk = 3584;
 constexpr std::int64_t kQuantizedChunk = 2048;  // elements
 static_assert(kQuantizedChunk <= kMostScalesAChunk * static_cast<std::int64_t>(kFp8Block), "their scales have room");
-
-std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 
 }  // namespace
 
@@ -258,16 +257,17 @@ cudaError_t Communicator::wait_for_queued() {
 }
 
 Communicator::Room Communicator::find_room(std::size_t bytes, const Streams& streams) {
-  Room room;
-  room.lease = pool_->allocate(bytes, streams.run, streams.home);
-  if (room.lease == nullptr) return in_overflow(bytes);
-  room.offset = static_cast<std::int64_t>(room.lease->offset());
-  room.bytes = static_cast<std::int64_t>(room.lease->bytes());
-  return room;
+  return room_of(pool_->allocate(bytes, streams.run, streams.home), bytes);
 }
 
-Communicator::Room Communicator::in_overflow(std::size_t bytes) const {
+Communicator::Room Communicator::room_of(std::shared_ptr<Pool::Lease> lease, std::size_t bytes) const {
   Room room;
+  if (lease != nullptr) {
+    room.offset = static_cast<std::int64_t>(lease->offset());
+    room.bytes = static_cast<std::int64_t>(lease->bytes());
+    room.lease = std::move(lease);
+    return room;
+  }
   room.offset = static_cast<std::int64_t>(pool_->layout().overflow());
   if (bytes <= pool_->layout().overflow_bytes) room.bytes = static_cast<std::int64_t>(pool_->layout().overflow_bytes);
   return room;

@@ -65,14 +65,14 @@ struct DispatchArguments {
   Streams streams;
 };
 
-// Where received rows are: a lease, or a place from which the caller must copy them before the next operation.
+// Where received rows are: a lease, or without one a place from which the caller must copy them before the next
+// operation.
 struct DispatchResult {
   std::shared_ptr<Pool::Lease> lease;
   std::uint8_t* data = nullptr;
   ReceiveBlock offsets{};
   RowSizes sizes{};
   std::shared_ptr<Routing> routing;
-  bool must_copy = false;
 };
 
 struct ExpandArguments {
@@ -142,7 +142,6 @@ class Communicator {
   RoutingShape routing_shape(std::int64_t num_tokens, std::int64_t topk) const;
   // Most rows that one rank can receive, one a (token, source rank).
   std::int64_t most_received_rows() const { return options_.max_tokens * num_ranks(); }
-  int num_sms() const { return options_.default_sms; }
   // For measurements: other pipelines than the ones that were found best. 0 leaves a number as it is chosen.
   void tune(Pipeline send, Pipeline reduce) {
     tuned_send_ = send;
@@ -170,7 +169,8 @@ class Communicator {
     std::int64_t bytes = -1;  // -1: none
   };
   Room find_room(std::size_t bytes, const Streams& streams);
-  Room in_overflow(std::size_t bytes) const;
+  // `lease`, or without one the overflow region, which has no room for more bytes than it is long.
+  Room room_of(std::shared_ptr<Pool::Lease> lease, std::size_t bytes) const;
 
   // Waits until the call with `ticket` has reported; throws what ended it, kNoRoom excepted, which returns false.
   bool await(std::uint64_t ticket, cudaStream_t stream);

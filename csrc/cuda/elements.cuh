@@ -35,9 +35,20 @@ struct Float32 {
   }
 };
 
-struct BFloat16 {
+// What the types of two bytes share.
+struct TwoByteElement {
   static constexpr int kBytes = 2;
   static constexpr int kPerVector = 8;
+  // As in Float32, two elements a word.
+  __device__ static std::uint32_t larger(std::uint32_t a, std::uint32_t b) { return __vmaxu2(a, b); }
+  __device__ static std::uint32_t peak(const uint4& vector) {
+    constexpr std::uint32_t kMagnitudes = 0x7fff7fffu;
+    return larger(larger(vector.x & kMagnitudes, vector.y & kMagnitudes),
+                  larger(vector.z & kMagnitudes, vector.w & kMagnitudes));
+  }
+};
+
+struct BFloat16 : TwoByteElement {
   __device__ static void unpack(const uint4& vector, float (&values)[8]) {
     const std::uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
 #pragma unroll
@@ -45,13 +56,6 @@ struct BFloat16 {
       values[2 * i] = __uint_as_float(words[i] << 16);
       values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
     }
-  }
-  // As in Float32, two elements a word.
-  __device__ static std::uint32_t larger(std::uint32_t a, std::uint32_t b) { return __vmaxu2(a, b); }
-  __device__ static std::uint32_t peak(const uint4& vector) {
-    constexpr std::uint32_t kMagnitudes = 0x7fff7fffu;
-    return larger(larger(vector.x & kMagnitudes, vector.y & kMagnitudes),
-                  larger(vector.z & kMagnitudes, vector.w & kMagnitudes));
   }
   __device__ static float magnitude(std::uint32_t peak) {
     const std::uint32_t bits = (peak & 0xffffu) > (peak >> 16) ? peak & 0xffffu : peak >> 16;
@@ -67,9 +71,7 @@ struct BFloat16 {
   }
 };
 
-struct Float16 {
-  static constexpr int kBytes = 2;
-  static constexpr int kPerVector = 8;
+struct Float16 : TwoByteElement {
   __device__ static void unpack(const uint4& vector, float (&values)[8]) {
     const std::uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
 #pragma unroll
@@ -78,13 +80,6 @@ struct Float16 {
       values[2 * i] = pair.x;
       values[2 * i + 1] = pair.y;
     }
-  }
-  // As in Float32, two elements a word.
-  __device__ static std::uint32_t larger(std::uint32_t a, std::uint32_t b) { return __vmaxu2(a, b); }
-  __device__ static std::uint32_t peak(const uint4& vector) {
-    constexpr std::uint32_t kMagnitudes = 0x7fff7fffu;
-    return larger(larger(vector.x & kMagnitudes, vector.y & kMagnitudes),
-                  larger(vector.z & kMagnitudes, vector.w & kMagnitudes));
   }
   __device__ static float magnitude(std::uint32_t peak) {
     const std::uint32_t bits = (peak & 0xffffu) > (peak >> 16) ? peak & 0xffffu : peak >> 16;

@@ -144,15 +144,6 @@ __device__ __forceinline__ void bulk_load_once(void* to_shared, const void* from
 #endif
 }
 
-// What others read soon.
-__device__ __forceinline__ void bulk_store_kept(void* to_global, const void* from_shared, std::uint32_t bytes) {
-#if defined(MOE_EP_BULK_COPIES)
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to_global),
-               "r"(shared_address(from_shared)), "r"(bytes)
-               : "memory");
-#endif
-}
-
 // What is stored is not read here again: its lines are the first to leave L2.
 __device__ __forceinline__ void bulk_store(void* to_global, const void* from_shared, std::uint32_t bytes) {
 #if defined(MOE_EP_BULK_COPIES)

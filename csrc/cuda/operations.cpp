@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "common/index.h"
 #include "cuda/check.h"
 #include "cuda/communicator.h"
 #include "cuda/launch.h"
@@ -9,8 +10,6 @@
 namespace moe_ep {
 namespace gpu {
 namespace {
-
-std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 
 std::uint32_t bytes32(std::size_t value) { return static_cast<std::uint32_t>(value); }
 
@@ -87,13 +86,7 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
     const std::int64_t most =
         deduplicated ? most_received_rows() : most_received_rows() * topk + experts * (options_.alignment - 1);
     const std::size_t bytes = params.sizes.block(most).total;
-    room.lease = pool_->allocate_largest(bytes, streams.run, streams.home);
-    if (room.lease == nullptr) {
-      room = in_overflow(0);
-    } else {
-      room.offset = static_cast<std::int64_t>(room.lease->offset());
-      room.bytes = static_cast<std::int64_t>(room.lease->bytes());
-    }
+    room = room_of(pool_->allocate_largest(bytes, streams.run, streams.home), 0);
   } else {
     room = find_room(params.sizes.block(routing.block_rows).total, streams);
   }
@@ -129,7 +122,6 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
   }
   // With a fixed number of rows the block is laid out for that number, whatever has come.
   result.offsets = params.sizes.block(routing.block_rows);
-  result.must_copy = room.lease == nullptr;
   if (room.bytes < 0) return result;
   result.data = pool_->base() + room.offset;
   if (room.lease != nullptr) room.lease->trim(result.offsets.total);

@@ -3,8 +3,8 @@
 #include <string>
 
 #include "common/errors.h"
+#include "common/index.h"
 #include "host/communicator.h"
-#include "host/index.h"
 
 namespace moe_ep {
 namespace {

@@ -5,9 +5,9 @@
 #include <utility>
 
 #include "common/errors.h"
+#include "common/index.h"
 #include "common/peer_text.h"
 #include "host/communicator.h"
-#include "host/index.h"
 
 namespace moe_ep {
 namespace {

@@ -5,8 +5,8 @@
 #include <utility>
 
 #include "common/errors.h"
+#include "common/index.h"
 #include "common/peer_text.h"
-#include "host/index.h"
 
 namespace moe_ep {
 namespace {

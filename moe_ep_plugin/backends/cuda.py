@@ -12,16 +12,15 @@ from typing import Any
 import torch
 
 from .._extension import load_cuda
-from ..bootstrap import exchange
 from ..errors import BackendUnavailable, ConfigError
 from ..handle import DispatchHandle
+from ..share_gpu import pipe_directory
 from ..types import CombineOutput, DispatchOutput
 from ..wire import FP8_DTYPE, num_scales
 from .base import BackendContext, CombineRequest, DispatchRequest
 from .cuda_choices import LINK_SHARE, check_sms, default_num_sms, direct_moves_fewer_bytes
 from .gpu_tensors import GpuEvent, aligned, array, from_bytes
-from .heap import ELEMENT_CODES, LAYOUT_CODES, HeapBackend, address_of, machine_id
-from .select import agree
+from .heap import ELEMENT_CODES, LAYOUT_CODES, HeapBackend, address_of, machine_id, made_by_all, on_one_machine
 
 logger = logging.getLogger("moe_ep_plugin")
 
@@ -106,12 +105,7 @@ class CudaBackend(HeapBackend):
                 }
         except Exception as error:  # Whatever it is, the other ranks must hear of it.
             mine["reason"] = str(error)
-        everyone = exchange(context.group, context.num_ranks, mine, config.timeout_s, "the start of backend 'cuda'")
-        told = [f"rank {rank}: {m['reason']}" for rank, m in enumerate(everyone) if m["reason"] is not None]
-        if not told and len({m["machine"] for m in everyone}) > 1:
-            told.append("the ranks are on several machines")
-        if told:
-            raise BackendUnavailable(f"backend 'cuda' can't be used: {'; '.join(told)}")
+        everyone = on_one_machine(context, cls.name, mine)
         devices = [m["device"] for m in everyone]
         for m in everyone:
             check_sms(m["num_sms"], m["device_sms"], devices.count(m["device"]))
@@ -120,10 +114,10 @@ class CudaBackend(HeapBackend):
         two_stage = config.expand == "two_stage" or (
             config.expand == "auto" and not direct_moves_fewer_bytes(context.num_ranks, config.num_topk, link_share)
         )
-        reason, communicator = None, None
-        try:
+
+        def connected() -> Any:
             with torch.cuda.device(device):
-                communicator = module.Communicator(
+                return module.Communicator(
                     heap,
                     rank=context.rank,
                     peers=[(m["pid"], bytes.fromhex(m["heap"])) for m in everyone],
@@ -135,10 +129,9 @@ class CudaBackend(HeapBackend):
                     default_sms=config.num_sms or default_num_sms(mine["device_sms"], sharing),
                     ranks_on_device=sharing,
                 )
-        except Exception as error:
-            reason = str(error)
-        agree(context, reason, "backend 'cuda'")
-        if context.rank == 0 and sharing > 1 and not _has_mps():
+
+        communicator = made_by_all(context, cls.name, connected)
+        if context.rank == 0 and sharing > 1 and not os.path.exists(f"{pipe_directory(os.environ)}/control"):
             logger.warning(
                 "moe_ep_plugin: %d ranks share a GPU without MPS, so they take turns and wait for each other; start "
                 "them with `python -m moe_ep_plugin.share_gpu --ranks N -- SCRIPT`",
@@ -185,7 +178,6 @@ class CudaBackend(HeapBackend):
             stream=run.cuda_stream,
             home=home.cuda_stream,
         )
-        fresh = handle is None
         if handle is None:
             state = replace(state, routing=result.routing)
             if state.fan is not None:
@@ -198,7 +190,7 @@ class CudaBackend(HeapBackend):
             block, offsets = self._received(result, run, home), result.offsets
         else:
             offsets = communicator.expanded_offsets(result)
-            block = self._expand(request, result, state, offsets[-1], fresh, has_scale, x.dtype, run, home)
+            block = self._expand(request, result, state, offsets[-1], has_scale, run, home)
         event = self._finish(request, run, *inputs, block)
         rows, has_weights = handle.num_rows, request.topk_weights is not None
         _, scales_at, weights_at, indices_at, _ = offsets
@@ -375,9 +367,7 @@ class CudaBackend(HeapBackend):
         result: Any,
         state: _State,
         total: int,
-        fresh: bool,
         has_scale: bool,
-        dtype: torch.dtype,
         run: torch.cuda.Stream,
         home: torch.cuda.Stream,
     ) -> Any:
@@ -393,10 +383,11 @@ class CudaBackend(HeapBackend):
             with torch.cuda.stream(run):
                 array(block, 0, torch.uint8, (total,)).zero_()
             return block
+        fresh = request.handle is None
         ids = self._bytes(state.fan.numel() // 2 if fresh else 1, run, home)  # type: ignore[union-attr]
         communicator.expand(
             staged=result,
-            element=ELEMENT_CODES[FP8_DTYPE if has_scale else dtype],
+            element=ELEMENT_CODES[FP8_DTYPE if has_scale else request.x.dtype],
             hidden=self._c.config.hidden,
             fresh=fresh,
             ids=ids.data_ptr(),
@@ -434,8 +425,3 @@ class CudaBackend(HeapBackend):
         size = 8 * self._num_local_experts
         first = self._module.routing_header_bytes + which * size
         return state.memory[first : first + size].view(torch.int64)
-
-
-def _has_mps() -> bool:
-    folder = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")
-    return os.path.exists(os.path.join(folder, "control"))

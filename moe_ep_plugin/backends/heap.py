@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..bootstrap import exchange
 from ..errors import BackendUnavailable, StateError
 from ..wire import FP8_DTYPE
 from .base import Backend, BackendContext
+from .select import agree, reasons_of, refuse
 
 logger = logging.getLogger("moe_ep_plugin")
 
@@ -31,6 +34,41 @@ def machine_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError as error:
         raise BackendUnavailable(f"this machine can't be told from others: {error}") from error
+
+
+def on_one_machine(context: BackendContext, name: str, mine: dict[str, Any]) -> list[dict[str, Any]]:
+    """What every rank says of itself before heaps are mapped, by rank.
+
+    Args:
+        context: The buffer's.
+        name: The backend's.
+        mine: This rank's answer: ``reason`` not to go on, or None and, among others, ``machine``.
+
+    Raises:
+        BackendUnavailable: On all ranks, if one has a reason or if they are on several machines.
+    """
+    backend = f"backend {name!r}"
+    everyone = exchange(context.group, context.num_ranks, mine, context.config.timeout_s, f"the start of {backend}")
+    told = reasons_of(everyone)
+    if not told and len({m["machine"] for m in everyone}) > 1:
+        told.append("the ranks are on several machines")
+    refuse(backend, told)
+    return everyone
+
+
+def made_by_all(context: BackendContext, name: str, make: Callable[[], Any]) -> Any:
+    """What ``make`` returns, if it returns on every rank.
+
+    Raises:
+        BackendUnavailable: On all ranks, if it raised on one.
+    """
+    reason, made = None, None
+    try:
+        made = make()
+    except Exception as error:  # Whatever it is, the other ranks must hear of it.
+        reason = str(error)
+    agree(context, reason, f"backend {name!r}")
+    return made
 
 
 class HeapBackend(Backend):

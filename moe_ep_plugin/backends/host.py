@@ -9,14 +9,12 @@ from typing import Any
 import torch
 
 from .._extension import load_host
-from ..bootstrap import exchange
 from ..errors import BackendUnavailable
 from ..handle import DispatchHandle
 from ..types import CombineOutput, DispatchOutput, DoneEvent
 from ..wire import FP8_DTYPE, num_scales
 from .base import BackendContext, CombineRequest, DispatchRequest
-from .heap import ELEMENT_CODES, LAYOUT_CODES, HeapBackend, address_of, machine_id
-from .select import agree
+from .heap import ELEMENT_CODES, LAYOUT_CODES, HeapBackend, address_of, machine_id, made_by_all, on_one_machine
 
 
 def _check_room(directory: str, *, wanted: int) -> None:
@@ -67,15 +65,10 @@ class HostBackend(HeapBackend):
             mine |= {"machine": machine_id(), "address": heap.address()}
         except Exception as error:  # Whatever it is, the other ranks must hear of it.
             mine["reason"] = str(error)
-        everyone = exchange(context.group, context.num_ranks, mine, config.timeout_s, "the start of backend 'host'")
-        told = [f"rank {rank}: {m['reason']}" for rank, m in enumerate(everyone) if m["reason"] is not None]
-        if not told and len({m["machine"] for m in everyone}) > 1:
-            told.append("the ranks are on several machines")
-        if told:
-            raise BackendUnavailable(f"backend 'host' can't be used: {'; '.join(told)}")
-        reason, communicator = None, None
-        try:
-            communicator = host.Communicator(
+        everyone = on_one_machine(context, cls.name, mine)
+
+        def connected() -> Any:
+            return host.Communicator(
                 heap,
                 rank=context.rank,
                 addresses=[tuple(m["address"]) for m in everyone],
@@ -87,9 +80,8 @@ class HostBackend(HeapBackend):
                 num_threads=_threads(context),
                 timeout_s=float(config.timeout_s),
             )
-        except Exception as error:
-            reason = str(error)
-        agree(context, reason, "backend 'host'")
+
+        communicator = made_by_all(context, cls.name, connected)
         return cls(context, heap, communicator)
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:

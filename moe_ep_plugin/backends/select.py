@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from ..bootstrap import exchange
 from ..errors import BackendUnavailable
@@ -63,6 +64,15 @@ def agree(context: BackendContext, reason: str | None, what: str) -> None:
     answers = exchange(
         context.group, context.num_ranks, {"reason": reason}, context.config.timeout_s, f"the check of {what}"
     )
-    told = [f"rank {rank}: {a['reason']}" for rank, a in enumerate(answers) if a["reason"] is not None]
-    if told:
-        raise BackendUnavailable(f"{what} can't be used: {'; '.join(told)}")
+    refuse(what, reasons_of(answers))
+
+
+def reasons_of(answers: list[dict[str, Any]]) -> list[str]:
+    """The ``reason`` of every rank that gave one, with the rank."""
+    return [f"rank {rank}: {a['reason']}" for rank, a in enumerate(answers) if a["reason"] is not None]
+
+
+def refuse(what: str, reasons: list[str]) -> None:
+    """Raise BackendUnavailable if there are reasons not to go on with ``what``."""
+    if reasons:
+        raise BackendUnavailable(f"{what} can't be used: {'; '.join(reasons)}")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ..conftest import lacking
-from ..harness import RankPool
+from ..harness import RankPool, pools_of
 from .helpers import ON_GPU, GpuPool, why_no_kernels
 
 # Counting devices through NVML leaves CUDA alone in this process.
@@ -35,11 +35,4 @@ def kernels(device: None) -> None:
 @pytest.fixture(scope="session")
 def ranks(device: None) -> Iterator[Callable[[int], RankPool]]:
     """``ranks(n)``: the session's pool of n ranks. Its processes are kept between tests."""
-    pools: dict[int, RankPool] = {}
-
-    def pool_of(num_ranks: int) -> RankPool:
-        return pools.setdefault(num_ranks, GpuPool(num_ranks))
-
-    yield pool_of
-    for pool in pools.values():
-        pool.close()
+    yield from pools_of(GpuPool)

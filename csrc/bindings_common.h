@@ -1,8 +1,9 @@
-// Errors and signals between C++ and Python, for all bindings.
+// What all bindings share: errors and signals between C++ and Python, and addresses of tensors.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <cstring>
 
 #include "common/errors.h"
@@ -34,6 +35,11 @@ inline void translate_error(std::exception_ptr thrown) {
         PyUnicode_DecodeUTF8(error.what(), static_cast<py::ssize_t>(std::strlen(error.what())), "replace"));
     PyErr_SetObject(type.ptr(), text.ptr());
   }
+}
+
+template <class T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
 }
 
 // Lets Ctrl-C end a wait.
