@@ -116,7 +116,9 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_const
   if (goes_on) {
     for (int rank = threadIdx.x; rank < group.num_ranks; rank += blockDim.x) {
       const std::uint8_t* heap = group.bases[rank];
-      shared.rows[rank] = heap + post_field(group, sequence, rank, &OperationPost::block_offset);
+      const bool elsewhere = rank == group.rank && params.own_rows != nullptr;
+      shared.rows[rank] =
+          elsewhere ? params.own_rows : heap + post_field(group, sequence, rank, &OperationPost::block_offset);
       shared.weights[rank] =
           reinterpret_cast<const float*>(heap + post_field(group, sequence, rank, &OperationPost::side_offset));
       shared.values[rank] =

@@ -129,7 +129,7 @@ void Communicator::fill_tables() {
     return start;
   };
 
-  const std::size_t report_bytes = sizeof(Report) + at(num_local_experts_) * sizeof(std::int64_t);
+  const std::size_t report_bytes = sizeof(Report) + at(num_words()) * sizeof(std::uint64_t);
   void* report = nullptr;
   MOE_EP_CUDA_CHECK(cudaHostAlloc(&report, report_bytes, cudaHostAllocMapped));
   report_ = static_cast<Report*>(report);
@@ -174,7 +174,7 @@ RoutingShape Communicator::routing_shape(std::int64_t num_tokens, std::int64_t t
 int Communicator::count_warps(int bins) const {
   const std::size_t room = most_shared_bytes_ - at(num_ranks()) * 48 - 4096;
   const auto counters = static_cast<int>(room / sizeof(std::int32_t) / at(bins));
-  return std::min(kWarps, counters - 2);
+  return std::min(kWarps, counters - kArraysBesideCounters);
 }
 
 // What did best on an H200 (docs/performance.md): where this GPU's ranks use most of its SMs, memory is the limit, and
@@ -191,14 +191,15 @@ Pipeline Communicator::send_pipeline(const RowSource& source, const RowSizes& si
   if (!pipeline.use_bulk) return pipeline;
   const bool crowded = options_.ranks_on_device * options_.default_sms * 5 >= num_device_sms_ * 3;
   if (crowded && !source.quantize) pipeline.warps = kWarps / 2;
-  const std::int64_t unit = source.quantize ? static_cast<std::int64_t>(kFp8Block) * element : 16;
-  const std::int64_t side = sizeof(std::uint64_t) * 2 + (source.quantize ? kMostScalesAChunk * sizeof(float) : 0);
+  // Whole units, and a short last one, cost least.
+  const std::int64_t unit = source.quantize ? kQuantizedAtOnce * element : 16;
+  const std::int64_t stages = send_stages(source.quantize);
+  const std::int64_t side = sizeof(std::uint64_t) * stages + (source.quantize ? kMostScalesAChunk * sizeof(float) : 0);
   const auto room = static_cast<std::int64_t>(most_shared_bytes_ - align_up(at(num_destinations) * 48, 128) - 128);
-  std::int64_t most = (room / kWarps - side) / 2;
+  std::int64_t most = (room / kWarps - side) / stages;
   if (crowded && !source.quantize) most = std::min<std::int64_t>(most, kSmallChunk);
   if (source.quantize) most = std::min(most, kQuantizedChunk * element);
   const std::int64_t chunks = (row + most / unit * unit - 1) / (most / unit * unit);
-  // Quantising goes by four blocks, so whole chunks and a short last one cost least.
   const std::int64_t even = source.quantize ? most / unit * unit : (row + chunks - 1) / chunks;
   pipeline.chunk_bytes = static_cast<std::int32_t>(std::min(row, (even + unit - 1) / unit * unit));
   if (tuned_send_.warps > 0) pipeline.warps = tuned_send_.warps;
@@ -237,14 +238,17 @@ int Communicator::blocks_for(int num_sms, std::int64_t items, int warps) const {
 // Operations follow each other on the GPU whatever streams they are queued on.
 void Communicator::queue_behind(cudaStream_t stream) {
   // A capture is not ordered after what came before it: it begins on an idle device, and so do its replays.
-  if (has_run_ && stream != last_stream_ && capture_of(stream) == last_capture_) {
-    MOE_EP_CUDA_CHECK(cudaStreamWaitEvent(stream, behind_, 0));
-  }
+  if (!has_run_ || stream == last_stream_ || capture_of(stream) != last_capture_) return;
+  changes_streams_ = true;
+  if (!behind_is_recorded_) MOE_EP_CUDA_CHECK(cudaEventRecord(behind_, last_stream_));
+  MOE_EP_CUDA_CHECK(cudaStreamWaitEvent(stream, behind_, 0));
 }
 
-// Recorded now, so that the next operation waits for this one and for nothing that is queued after it.
+// Recorded now, so that the next operation waits for this one and for nothing that is queued after it. Until streams
+// change for the first time nobody asks, and kernels follow each other faster without an event in between.
 void Communicator::queued(cudaStream_t stream) {
-  MOE_EP_CUDA_CHECK(cudaEventRecord(behind_, stream));
+  if (changes_streams_) MOE_EP_CUDA_CHECK(cudaEventRecord(behind_, stream));
+  behind_is_recorded_ = changes_streams_;
   last_stream_ = stream;
   last_capture_ = capture_of(stream);
   has_captures_ = has_captures_ || last_capture_ != 0;

@@ -37,6 +37,9 @@ struct Routing {
   std::int64_t num_received = -1;  // -1: only the device knows
   std::int64_t block_rows = 0;     // room for rows in this rank's receive block: exact, or the most there can be
   std::int64_t sent_rows = -1;     // rows for other ranks; -1: only the device knows
+  // Layout rank, of exact sizes: the run of rows in this rank's block that came from itself.
+  std::int64_t own_first = 0;
+  std::int64_t own_rows = 0;
   std::vector<std::int64_t> tokens_per_local_expert;  // empty: only the device knows
   RoutingView view{};
   Entry* fan = nullptr;  // [block_rows, topk], two stages
@@ -174,6 +177,10 @@ class Communicator {
 
   // Waits until the call with `ticket` has reported; throws what ended it, kNoRoom excepted, which returns false.
   bool await(std::uint64_t ticket, cudaStream_t stream);
+  // Of the words behind the report, the values of the call that has been awaited.
+  std::int64_t told(Word word, int further = 0) const;
+  bool has_told(int word, std::uint64_t ticket) const;
+  int num_words() const { return static_cast<int>(Word::kFirstExpert) + num_local_experts_; }
   void while_waiting(std::uint64_t ticket, cudaStream_t stream, double waited_s);
   void throw_if_failed(bool fatal_only);
   [[noreturn]] void throw_outcome(const ReportedOutcome& reported);
@@ -193,7 +200,7 @@ class Communicator {
   std::size_t most_shared_bytes_ = 0;
   bool has_bulk_ = false;
   void* device_memory_ = nullptr;  // state, tables and workspace
-  Report* report_ = nullptr;       // as the host maps it
+  Report* report_ = nullptr;       // as the host maps it, and its words
   Group group_{};
   cudaStream_t control_ = nullptr;
   cudaEvent_t behind_ = nullptr;
@@ -201,6 +208,8 @@ class Communicator {
   std::uint64_t last_capture_ = 0;
   bool has_run_ = false;
   bool has_captures_ = false;
+  bool behind_is_recorded_ = false;
+  bool changes_streams_ = false;
   std::atomic<bool> departed_{false};
   std::atomic<bool> awaiting_{false};
   std::uint64_t ticket_ = 0;

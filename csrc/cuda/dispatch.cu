@@ -20,10 +20,6 @@ struct DispatchShared {
   float* scales;
   std::uint8_t* scratch;
 
-  // Counters of the warps that count, then the first slot and the group's total of every bin.
-  __host__ __device__ static std::size_t counter_bytes(int bins, int count_warps) {
-    return static_cast<std::size_t>(bins) * (count_warps + 2) * sizeof(std::int32_t);
-  }
   __host__ __device__ static std::size_t fixed_bytes(int num_ranks, const Pipeline& pipeline, bool quantize) {
     return align_up(num_ranks * (sizeof(Destination) + 2 * sizeof(std::int64_t)) + ring_side_bytes(pipeline, quantize),
                     128);
@@ -34,7 +30,40 @@ struct DispatchShared {
     rows_at_rank = reinterpret_cast<std::int64_t*>(destinations + num_ranks);
     needed = rows_at_rank + num_ranks;
     barriers = reinterpret_cast<std::uint64_t*>(needed + num_ranks);
-    scales = reinterpret_cast<float*>(barriers + pipeline.warps * kSendStages);
+    scales = reinterpret_cast<float*>(barriers + pipeline.warps * send_stages(quantize));
+  }
+};
+
+// What counting needs of `scratch`.
+struct CountScratch {
+  std::int32_t* counters;  // [count_warps][bins]
+  std::int32_t* first;     // [bins] this block's first slots
+  std::int32_t* totals;    // [bins] of the group
+  // The group's tables, near at hand.
+  std::int32_t* rank_of_expert;   // [num_experts]
+  std::int32_t* experts_by_rank;  // [num_experts]
+  std::int32_t* first_of_rank;    // [num_ranks + 1]
+
+  __host__ __device__ static std::size_t bytes(const Group& group, int count_warps) {
+    const std::size_t bins = static_cast<std::size_t>(group.num_experts) + group.num_ranks;
+    return ((count_warps + 2) * bins + 2 * group.num_experts + group.num_ranks + 1) * sizeof(std::int32_t);
+  }
+  __device__ CountScratch(std::uint8_t* base, const Group& group, int count_warps) {
+    const int bins = group.num_experts + group.num_ranks;
+    counters = reinterpret_cast<std::int32_t*>(base);
+    first = counters + static_cast<std::size_t>(count_warps) * bins;
+    totals = first + bins;
+    rank_of_expert = totals + bins;
+    experts_by_rank = rank_of_expert + group.num_experts;
+    first_of_rank = experts_by_rank + group.num_experts;
+  }
+  // All threads; a barrier comes before they are used.
+  __device__ void load_tables(const Group& group) const {
+    for (int i = threadIdx.x; i < group.num_experts; i += blockDim.x) {
+      rank_of_expert[i] = group.rank_of_expert[i];
+      experts_by_rank[i] = group.experts_by_rank[i];
+    }
+    for (int i = threadIdx.x; i <= group.num_ranks; i += blockDim.x) first_of_rank[i] = group.first_of_rank[i];
   }
 };
 
@@ -59,11 +88,13 @@ __device__ OperationPost make_post(const DispatchParams& params) {
 __device__ void post_totals(const DispatchParams& params, std::uint64_t sequence, const Routes& routes,
                             std::int32_t* totals) {
   __shared__ OperationPost post;
+  __shared__ std::uint32_t sent;
   const int bins = routes.bins();
   for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) {
-    totals[bin] = counts_before(params.group.block_counts, bins, bin, gridDim.x);
+    totals[bin] = counts_to_prefixes(params.group.block_counts, bins, bin, gridDim.x);
   }
   if (threadIdx.x == 0) {
+    sent = 0;
     post = make_post(params);
     const std::uint64_t bad = *reinterpret_cast<volatile std::uint64_t*>(&params.group.state->bad_route);
     if (bad != kNoBadRoute) {
@@ -74,6 +105,15 @@ __device__ void post_totals(const DispatchParams& params, std::uint64_t sequence
   }
   __syncthreads();
   publish_post(params.group, sequence, post, totals, bins);
+  if (params.ticket == 0) return;
+  for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) {
+    const bool is_rank = bin >= routes.num_experts;
+    const int rank = is_rank ? bin - routes.num_experts : routes.rank_of(bin);
+    if (is_rank == params.deduplicated && rank != params.group.rank)
+      atomicAdd(&sent, static_cast<std::uint32_t>(totals[bin]));
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) tell(params.group, params.ticket, Word::kSentRows, sent);
 }
 
 __device__ void post_reuse(const DispatchParams& params, std::uint64_t sequence) {
@@ -83,55 +123,76 @@ __device__ void post_reuse(const DispatchParams& params, std::uint64_t sequence)
   publish_post(params.group, sequence, post, nullptr, 0);
 }
 
+// In 32 bits, as a division of 64 takes long.
+__device__ std::uint32_t aligned_rows(std::int32_t rows, std::int32_t alignment) {
+  const auto unit = static_cast<std::uint32_t>(alignment);
+  return unit == 1 ? rows : (static_cast<std::uint32_t>(rows) + unit - 1) / unit * unit;
+}
+
 // First slots of this block's rows in every bin, and how many rows every rank gets. All threads; ends with a barrier.
 // Every block finds the same for all but its own place, and writes it to the routing alike.
 __device__ void place_bins(const DispatchParams& params, std::uint64_t sequence, const Routes& routes,
-                           std::int32_t* first, std::int32_t* totals, const DispatchShared& shared) {
+                           const CountScratch& scratch, const DispatchShared& shared) {
   const Group& group = params.group;
   const int bins = routes.bins();
+  const bool tells = blockIdx.x == 0 && params.ticket != 0;
   for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) {
+    const std::int32_t in_blocks_before =
+        load_cached_in_l2(group.block_counts + static_cast<std::size_t>(blockIdx.x) * bins + bin);
     std::int32_t total = 0;
     std::int32_t before = 0;
-#pragma unroll 4
+    std::int32_t own = 0;
+#pragma unroll 8
     for (int source = 0; source < group.num_ranks; ++source) {
       const std::int32_t count = load_cached_in_l2(counts_of(post_of(group, group.rank, sequence, source)) + bin);
       total += count;
       before += source < group.rank ? count : 0;
+      own = source == group.rank ? count : own;
     }
-    totals[bin] = total;
-    first[bin] = before + counts_before(group.block_counts, bins, bin, blockIdx.x);
+    scratch.totals[bin] = total;
+    scratch.first[bin] = before + in_blocks_before;
+    if (tells && bin == routes.num_experts + group.rank) {
+      tell(group, params.ticket, Word::kOwnFirst, before);
+      tell(group, params.ticket, Word::kOwnRows, own);
+    }
   }
   __syncthreads();
   const int lane = threadIdx.x & 31;
   for (int rank = threadIdx.x / 32; rank < group.num_ranks; rank += kWarps) {
-    const int begin = group.first_of_rank[rank];
-    const int end = group.first_of_rank[rank + 1];
-    std::int64_t row = 0;
-    for (int base = begin; base < end; base += 32) {
-      const int i = base + lane;
-      const int expert = i < end ? group.experts_by_rank[i] : -1;
-      const std::int64_t rows = expert >= 0 ? totals[expert] : 0;
-      const std::int64_t aligned = align_up(rows, group.alignment);
-      std::int64_t sum = aligned;
-#pragma unroll
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const std::int64_t other = __shfl_up_sync(0xffffffffu, sum, distance);
-        if (lane >= distance) sum += other;
-      }
-      const std::int64_t start = row + sum - aligned;
-      if (expert >= 0) {
-        first[expert] += static_cast<std::int32_t>(start);
-        if (rank == group.rank) {
-          params.routing.local_rows[i - begin] = rows;
-          params.routing.local_first[i - begin] = start;
-          params.routing.returned_rows[i - begin] = params.layout == RowLayout::kExpert ? aligned : rows;
-        }
-      }
-      row += __shfl_sync(0xffffffffu, sum, 31);
+    const std::int64_t fixed = post_field(group, sequence, rank, &OperationPost::block_rows);
+    const int begin = scratch.first_of_rank[rank];
+    const int num_local = scratch.first_of_rank[rank + 1] - begin;
+    // Every lane has a run of experts: one scan over the lanes is enough.
+    const int a_lane = (num_local + 31) / 32;
+    const int first_local = min(lane * a_lane, num_local);
+    const int end_local = min(first_local + a_lane, num_local);
+    std::int64_t mine = 0;
+    for (int i = first_local; i < end_local; ++i) {
+      mine += aligned_rows(scratch.totals[scratch.experts_by_rank[begin + i]], group.alignment);
     }
+    std::int64_t sum = mine;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const std::int64_t other = __shfl_up_sync(0xffffffffu, sum, distance);
+      if (lane >= distance) sum += other;
+    }
+    std::int64_t start = sum - mine;
+    for (int i = first_local; i < end_local; ++i) {
+      const int expert = scratch.experts_by_rank[begin + i];
+      const std::int64_t rows = scratch.totals[expert];
+      const std::int64_t aligned = aligned_rows(scratch.totals[expert], group.alignment);
+      scratch.first[expert] += static_cast<std::int32_t>(start);
+      if (rank == group.rank) {
+        params.routing.local_rows[i] = rows;
+        params.routing.local_first[i] = start;
+        params.routing.returned_rows[i] = params.layout == RowLayout::kExpert ? aligned : rows;
+        if (tells) tell(group, params.ticket, static_cast<int>(Word::kFirstExpert) + i, rows);
+      }
+      start += aligned;
+    }
+    const std::int64_t row = __shfl_sync(0xffffffffu, sum, 31);
     if (lane == 0) {
-      const std::int64_t fixed = post_field(group, sequence, rank, &OperationPost::block_rows);
-      const std::int64_t deduplicated = totals[routes.num_experts + rank];
+      const std::int64_t deduplicated = scratch.totals[routes.num_experts + rank];
       shared.needed[rank] = params.layout == RowLayout::kExpert ? row : deduplicated;
       shared.rows_at_rank[rank] = fixed >= 0 ? fixed : params.deduplicated ? deduplicated : row;
       params.routing.rows_at_rank[rank] = shared.rows_at_rank[rank];
@@ -187,48 +248,20 @@ __device__ void judge_room(const DispatchParams& params, std::uint64_t sequence,
   __syncthreads();
 }
 
-// One block: counts and verdict for the call that waits, in host-mapped memory.
-__device__ void report_call(const DispatchParams& params, std::uint64_t sequence, const Routes& routes,
-                            const DispatchShared& shared, const Verdict& verdict) {
-  __shared__ unsigned long long sent;
-  __shared__ unsigned long long received;
+// One block: the verdict for the call that waits, whose counts have been told, or for a later one.
+__device__ void report_call(const DispatchParams& params, std::uint64_t sequence, const DispatchShared& shared,
+                            const Verdict& verdict) {
   const Group& group = params.group;
-  Report* report = group.report;
-  // A block that is too small is replaced by one of the size that is told here.
-  const bool counted = verdict.outcome == Outcome::kOk || verdict.outcome == Outcome::kNoRoom;
-  if (counted && params.fresh && params.ticket != 0) {
-    if (threadIdx.x == 0) sent = received = 0;
-    __syncthreads();
-    const std::int32_t* counts = counts_of(post_of(group, group.rank, sequence, group.rank));
-    for (int bin = threadIdx.x; bin < routes.bins(); bin += blockDim.x) {
-      const bool is_rank = bin >= routes.num_experts;
-      if (is_rank != params.deduplicated) continue;
-      const int rank = is_rank ? bin - routes.num_experts : group.rank_of_expert[bin];
-      if (rank != group.rank) atomicAdd(&sent, static_cast<unsigned long long>(load_cached_in_l2(counts + bin)));
-    }
-    const int local = group.first_of_rank[group.rank + 1] - group.first_of_rank[group.rank];
-    auto* rows = reinterpret_cast<std::int64_t*>(report + 1);
-    for (int i = threadIdx.x; i < local; i += blockDim.x) {
-      rows[i] = params.routing.local_rows[i];
-      atomicAdd(&received, static_cast<unsigned long long>(params.routing.local_rows[i]));
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      report->num_rows = params.max_recv_rows < 0 ? shared.needed[group.rank] : params.max_recv_rows;
-      report->num_received =
-          params.layout == RowLayout::kExpert ? static_cast<std::int64_t>(received) : shared.needed[group.rank];
-      report->block_rows = shared.rows_at_rank[group.rank];
-      report->sent_rows = static_cast<std::int64_t>(sent);
-      report->call.outcome = static_cast<std::uint32_t>(Outcome::kOk);
-    }
-  }
-  if (threadIdx.x == 0 && verdict.outcome != Outcome::kOk) {
-    report_verdict(group, verdict, kOperation, sequence, params.ticket);
-  }
+  if (threadIdx.x != 0) return;
+  if (verdict.outcome != Outcome::kOk) report_verdict(group, verdict, kOperation, sequence, params.ticket);
   if (params.ticket == 0) return;
-  fence_system();
-  __syncthreads();
-  if (threadIdx.x == 0) store_release_system(&report->ticket, params.ticket);
+  // A block that is too small is replaced by one of the size that is told here.
+  if (verdict.outcome == Outcome::kOk || verdict.outcome == Outcome::kNoRoom) {
+    tell(group, params.ticket, Word::kNumRows, shared.needed[group.rank]);
+    tell(group, params.ticket, Word::kBlockRows, shared.rows_at_rank[group.rank]);
+  }
+  if (verdict.outcome != Outcome::kOk) fence_system();
+  tell(group, params.ticket, Word::kOutcome, static_cast<std::int64_t>(verdict.outcome));
 }
 
 // A fresh routing that all ranks give up: no rows to combine.
@@ -281,20 +314,18 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_cons
     *reinterpret_cast<volatile std::uint64_t*>(&group.report->started) = params.ticket;
   }
   const DispatchShared shared(memory, group.num_ranks, params.pipeline, params.source.quantize);
-  const Routes routes{params.topk_idx, group.rank_of_expert, params.num_tokens,
-                      params.topk,     group.num_experts,    group.num_ranks};
-  const Span span = share_of(params.num_tokens, blockIdx.x, gridDim.x);
-  const int bins = routes.bins();
   const int count_warps = params.pipeline.count_warps;
-  auto* counters = reinterpret_cast<std::int32_t*>(shared.scratch);
-  std::int32_t* first = counters + static_cast<std::size_t>(count_warps) * bins;
-  std::int32_t* totals = first + bins;
+  const CountScratch scratch(shared.scratch, group, count_warps);
+  const Routes routes{params.topk_idx, scratch.rank_of_expert, params.num_tokens,
+                      params.topk,     group.num_experts,      group.num_ranks};
+  const Span span = share_of(params.num_tokens, blockIdx.x, gridDim.x);
 
   const bool fresh = params.fresh;
   if (fresh) {
-    count_routes(routes, span, count_warps, counters, params.routing.ids, &group.state->bad_route);
-    publish_block_counts(routes, count_warps, counters, group.block_counts);
-    if (is_last_block(&group.state->blocks[0])) post_totals(params, sequence, routes, totals);
+    scratch.load_tables(group);
+    count_routes(routes, span, count_warps, scratch.counters, params.routing.ids, &group.state->bad_route);
+    publish_block_counts(routes, count_warps, scratch.counters, group.block_counts);
+    if (is_last_block(&group.state->blocks[0])) post_totals(params, sequence, routes, scratch.totals);
   } else if (blockIdx.x == 0) {
     post_reuse(params, sequence);
   }
@@ -303,7 +334,7 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_cons
   judge_posts(group, sequence, verdict);
   if (verdict.outcome == Outcome::kOk) {
     if (fresh) {
-      place_bins(params, sequence, routes, first, totals, shared);
+      place_bins(params, sequence, routes, scratch, shared);
     } else {
       for (int rank = threadIdx.x; rank < group.num_ranks; rank += blockDim.x) {
         shared.rows_at_rank[rank] = params.routing.rows_at_rank[rank];
@@ -312,17 +343,16 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_cons
     }
     judge_room(params, sequence, shared, verdict);
   }
-  if (blockIdx.x == 0) report_call(params, sequence, routes, shared, verdict);
+  if (blockIdx.x == 0) report_call(params, sequence, shared, verdict);
   if (is_fatal(verdict.outcome)) return;
 
   const bool goes_on = verdict.outcome == Outcome::kOk;
   if (goes_on) {
     if (fresh) {
-      counts_to_slots(bins, count_warps, first, counters);
-      assign_slots(routes, span, params.deduplicated, count_warps, counters, params.routing.ids,
+      counts_to_slots(routes.bins(), count_warps, scratch.first, scratch.counters);
+      assign_slots(routes, span, params.deduplicated, count_warps, scratch.counters, params.routing.ids,
                    params.routing.entries);
-      // Warps take rows as they come, of other blocks' tokens too.
-      if (!wait_for_blocks(group, mark_of(sequence, Pass::kDispatch))) return;
+      arrive_at_blocks(group, mark_of(sequence, Pass::kDispatch));
     }
     for (int rank = threadIdx.x; rank < group.num_ranks; rank += blockDim.x) {
       const std::int64_t offset = post_field(group, sequence, rank, &OperationPost::block_offset);
@@ -338,7 +368,9 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_cons
     const SendJob job{params.source,       params.sizes,         params.num_tokens,      params.routing.entries,
                       params.routing.ids,  group.rank_of_expert, group.local_of_expert,  params.topk,
                       params.deduplicated, shared.destinations,  &group.state->next_item};
-    send_rows<Path>(job, params.pipeline, SendRing{shared.scratch, shared.barriers, shared.scales});
+    // Warps take rows as they come, of other blocks' tokens too.
+    const auto ready = [&] { return !fresh || wait_for_blocks(group, mark_of(sequence, Pass::kDispatch)); };
+    if (!send_rows<Path>(job, params.pipeline, SendRing{shared.scratch, shared.barriers, shared.scales}, ready)) return;
   } else {
     give_up(params, sequence, span);
   }
@@ -350,9 +382,8 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_cons
 }  // namespace
 
 std::size_t dispatch_shared_bytes(const DispatchParams& params) {
-  const int bins = params.group.num_experts + params.group.num_ranks;
-  const std::size_t counters = params.fresh ? DispatchShared::counter_bytes(bins, params.pipeline.count_warps) : 0;
-  const std::size_t ring = ring_bytes(params.pipeline);
+  const std::size_t counters = params.fresh ? CountScratch::bytes(params.group, params.pipeline.count_warps) : 0;
+  const std::size_t ring = ring_bytes(params.pipeline, params.source.quantize);
   const std::size_t fixed =
       DispatchShared::fixed_bytes(params.group.num_ranks, params.pipeline, params.source.quantize);
   return fixed + (counters > ring ? counters : ring);

@@ -30,7 +30,6 @@ __device__ inline void publish_post(const Group& group, std::uint64_t sequence, 
     }
     for (int bin = lane; bin < num_counts; bin += 32) counts_of(to)[bin] = counts[bin];
   }
-  fence_system();
   __syncthreads();
   signal_all(group, Step::kPost, sequence);
 }

@@ -48,15 +48,21 @@ __global__ void __launch_bounds__(kThreads, 1) expand_kernel(const __grid_consta
     std::int32_t* first = counters + static_cast<std::size_t>(count_warps) * bins;
     count_routes(routes, span, count_warps, counters, params.ids, &state->bad_route);
     publish_block_counts(routes, count_warps, counters, params.group.block_counts);
-    if (!wait_for_blocks(params.group, mark_of(state->sequence, Pass::kExpand))) return;
+    std::int32_t* block_counts = params.group.block_counts;
+    const std::uint32_t mark = mark_of(state->sequence, Pass::kExpand);
+    arrive_at_blocks(params.group, mark, [&] {
+      for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) counts_to_prefixes(block_counts, bins, bin, gridDim.x);
+    });
+    if (!wait_for_blocks(params.group, mark)) return;
     for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) {
       const std::int64_t start = bin < params.num_local_experts ? params.routing.local_first[bin] : 0;
-      first[bin] = static_cast<std::int32_t>(start) + counts_before(params.group.block_counts, bins, bin, blockIdx.x);
+      first[bin] = static_cast<std::int32_t>(start) +
+                   load_cached_in_l2(block_counts + static_cast<std::size_t>(blockIdx.x) * bins + bin);
     }
     __syncthreads();
     counts_to_slots(bins, count_warps, first, counters);
     assign_slots(routes, span, false, count_warps, counters, params.ids, params.fan);
-    if (!wait_for_blocks(params.group, mark_of(state->sequence, Pass::kSend))) return;
+    arrive_at_blocks(params.group, mark_of(state->sequence, Pass::kSend));
   }
   if (threadIdx.x == 0) *shared.destination = destination_of(params.block, params.sizes, params.num_rows);
   __syncthreads();
@@ -64,7 +70,10 @@ __global__ void __launch_bounds__(kThreads, 1) expand_kernel(const __grid_consta
                 params.group.alignment, params.num_rows);
   const SendJob job{params.source, params.sizes, received, params.fan,         nullptr,          nullptr,
                     nullptr,       params.topk,  false,    shared.destination, &state->next_item};
-  send_rows<Path>(job, params.pipeline, SendRing{shared.scratch, shared.barriers, nullptr});
+  const auto ready = [&] {
+    return !params.fresh || wait_for_blocks(params.group, mark_of(state->sequence, Pass::kSend));
+  };
+  if (!send_rows<Path>(job, params.pipeline, SendRing{shared.scratch, shared.barriers, nullptr}, ready)) return;
   if (is_last_block(&state->blocks[1]) && threadIdx.x == 0) state->next_item = 0;
 }
 
@@ -74,7 +83,7 @@ std::size_t expand_shared_bytes(const ExpandParams& params) {
   const Pipeline& pipeline = params.pipeline;
   const std::size_t bins = static_cast<std::size_t>(params.num_local_experts) + 1;
   const std::size_t counters = params.fresh ? bins * (pipeline.count_warps + 1) * sizeof(std::int32_t) : 0;
-  const std::size_t ring = ring_bytes(pipeline);
+  const std::size_t ring = ring_bytes(pipeline, false);
   return ExpandShared::fixed_bytes(pipeline) + (counters > ring ? counters : ring);
 }
 

@@ -42,7 +42,15 @@ bool Communicator::await(std::uint64_t ticket, cudaStream_t stream) {
   } mark(awaiting_);
   auto next_check = Clock::now() + kIdlePeriod;
   auto began = Clock::now();
-  for (unsigned spin = 1; load_acquire(&report_->ticket) != ticket; ++spin) {
+  // The outcome first: with one that ends the call nothing else is told.
+  const auto is_counted = [&] {
+    const auto outcome = static_cast<Outcome>(told(Word::kOutcome));
+    return outcome == Outcome::kOk || outcome == Outcome::kNoRoom;
+  };
+  int word = static_cast<int>(Word::kOutcome);
+  for (unsigned spin = 1;; ++spin) {
+    while (word < num_words() && has_told(word, ticket)) word = is_counted() ? word + 1 : num_words();
+    if (word == num_words()) break;
     relax();
     if (spin % kSpinsBetweenClocks != 0) continue;
     throw_if_failed(true);
@@ -54,13 +62,21 @@ bool Communicator::await(std::uint64_t ticket, cudaStream_t stream) {
     while_waiting(ticket, stream, seconds_since(began));
   }
   throw_if_failed(true);
-  const ReportedOutcome reported = report_->call;
-  const auto outcome = static_cast<Outcome>(reported.outcome);
+  const auto outcome = static_cast<Outcome>(told(Word::kOutcome));
   if (outcome == Outcome::kNoRoom) return false;
-  if (outcome != Outcome::kOk) throw_outcome(reported);
+  if (outcome != Outcome::kOk) throw_outcome(report_->call);
   // What an earlier operation left behind; all ranks find it at this same call.
   throw_if_failed(false);
   return true;
+}
+
+bool Communicator::has_told(int word, std::uint64_t ticket) const {
+  return has_tag(load_acquire(reinterpret_cast<const std::uint64_t*>(report_ + 1) + word), ticket);
+}
+
+std::int64_t Communicator::told(Word word, int further) const {
+  const auto* words = reinterpret_cast<const std::uint64_t*>(report_ + 1);
+  return static_cast<std::uint32_t>(load_acquire(words + static_cast<int>(word) + further));
 }
 
 void Communicator::while_waiting(std::uint64_t ticket, cudaStream_t stream, double waited_s) {
@@ -68,7 +84,7 @@ void Communicator::while_waiting(std::uint64_t ticket, cudaStream_t stream, doub
   const cudaError_t state = cudaStreamQuery(stream);
   if (state != cudaErrorNotReady) {
     MOE_EP_CUDA_CHECK(state);
-    if (load_acquire(&report_->ticket) != ticket && ticket != 0) {
+    if (ticket != 0 && !has_told(static_cast<int>(Word::kOutcome), ticket)) {
       throw_if_failed(true);
       throw Error(ErrorKind::kDevice, "rank " + std::to_string(rank_) + ": a dispatch ended without a report");
     }

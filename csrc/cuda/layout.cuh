@@ -65,37 +65,67 @@ __device__ inline RouteLane route_lane(const Routes& routes, std::int64_t first_
   return route;
 }
 
+// A warp's run of tokens, in steps of as many whole tokens as its lanes have room for. Ids are asked for a step ahead.
+template <class Id>
+class Steps {
+ public:
+  __device__ Steps(const Routes& routes, const Span& span, int count_warps, const Id* ids)
+      : ids_(ids), topk_(routes.topk), tokens_a_step_(32 / routes.topk) {
+    const int warp = threadIdx.x / 32;
+    const Span own = share_of(span.end - span.begin, warp < count_warps ? warp : 0, count_warps);
+    token_ = span.begin + own.begin;
+    end_ = warp < count_warps ? span.begin + own.end : token_;
+    next_ = ask(token_);
+  }
+  __device__ bool valid() const { return token_ < end_; }
+  __device__ std::int64_t token() const { return token_; }
+  __device__ std::int64_t end() const { return end_; }
+  __device__ std::int64_t index() const { return token_ * topk_ + (threadIdx.x & 31); }
+  // Whether the lane has a position.
+  __device__ bool there() const { return has(token_); }
+  // The lane's id of this step, -1 where it has none. Once a step.
+  __device__ Id take() {
+    const Id id = next_;
+    next_ = ask(token_ + tokens_a_step_);
+    return id;
+  }
+  __device__ void advance() { token_ += tokens_a_step_; }
+
+ private:
+  __device__ bool has(std::int64_t token) const {
+    const int lane = threadIdx.x & 31;
+    return lane < tokens_a_step_ * topk_ && token * topk_ + lane < end_ * topk_;
+  }
+  __device__ Id ask(std::int64_t token) const { return has(token) ? ids_[token * topk_ + (threadIdx.x & 31)] : Id{-1}; }
+
+  const Id* ids_;
+  int topk_;
+  int tokens_a_step_;
+  std::int64_t token_;
+  std::int64_t end_;
+  Id next_;
+};
+
 // The first pass: counters[warp][bin] of the warps that count, ids kept as int32. All threads of the block; ends
 // with a barrier. An id out of range counts as none and is reported in `bad_route`.
 __device__ inline void count_routes(const Routes& routes, const Span& span, int count_warps, std::int32_t* counters,
                                     std::int32_t* ids, std::uint64_t* bad_route) {
+  Steps<std::int64_t> steps(routes, span, count_warps, routes.given);
   const int bins = routes.bins();
   for (int i = threadIdx.x; i < count_warps * bins; i += blockDim.x) counters[i] = 0;
   __syncthreads();
-  const int warp = threadIdx.x / 32;
-  const int lane = threadIdx.x & 31;
-  if (warp < count_warps) {
-    const Span own = share_of(span.end - span.begin, warp, count_warps);
-    std::int32_t* mine = counters + warp * bins;
-    const int tokens_a_step = 32 / routes.topk;
-    const std::int64_t end = span.begin + own.end;
-    for (std::int64_t token = span.begin + own.begin; token < end; token += tokens_a_step) {
-      const std::int64_t index = token * routes.topk + lane;
-      const bool there = lane < tokens_a_step * routes.topk && index < end * routes.topk;
-      int expert = -1;
-      if (there) {
-        const std::int64_t id = routes.given[index];
-        if (id >= -1 && id < routes.num_experts) {
-          expert = static_cast<int>(id);
-        } else {
-          atomicMin(reinterpret_cast<unsigned long long*>(bad_route), static_cast<unsigned long long>(index));
-        }
-        ids[index] = expert;
-      }
-      const RouteLane route = route_lane(routes, token, end, expert);
-      if (route.expert >= 0) atomicAdd(&mine[route.expert], 1);
-      if (route.first_of_rank) atomicAdd(&mine[routes.num_experts + route.rank], 1);
+  std::int32_t* mine = counters + threadIdx.x / 32 * bins;
+  for (; steps.valid(); steps.advance()) {
+    const std::int64_t id = steps.take();
+    const bool fits = id >= -1 && id < routes.num_experts;
+    const int expert = fits ? static_cast<int>(id) : -1;
+    if (!fits) {
+      atomicMin(reinterpret_cast<unsigned long long*>(bad_route), static_cast<unsigned long long>(steps.index()));
     }
+    if (steps.there()) ids[steps.index()] = expert;
+    const RouteLane route = route_lane(routes, steps.token(), steps.end(), expert);
+    if (route.expert >= 0) atomicAdd(&mine[route.expert], 1);
+    if (route.first_of_rank) atomicAdd(&mine[routes.num_experts + route.rank], 1);
   }
   __syncthreads();
 }
@@ -111,12 +141,23 @@ __device__ inline void publish_block_counts(const Routes& routes, int count_warp
   }
 }
 
-// What this block's slots of a bin come after, within this rank's own rows: the counts of the blocks before it.
-__device__ inline std::int32_t counts_before(const std::int32_t* block_counts, int bins, int bin, int blocks) {
+// One thread a bin, of one block that sees all counts: puts in each block's place what the blocks before it counted.
+// Returns the sum of all.
+__device__ inline std::int32_t counts_to_prefixes(std::int32_t* block_counts, int bins, int bin, int blocks) {
+  constexpr int kAtOnce = 16;  // loads in flight
   std::int32_t sum = 0;
-#pragma unroll 4
-  for (int block = 0; block < blocks; ++block) {
-    sum += load_cached_in_l2(block_counts + static_cast<std::size_t>(block) * bins + bin);
+  for (int first = 0; first < blocks; first += kAtOnce) {
+    std::int32_t counts[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const std::int32_t* at = block_counts + static_cast<std::size_t>(first + i) * bins + bin;
+      counts[i] = first + i < blocks ? load_cached_in_l2(at) : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i < blocks) block_counts[static_cast<std::size_t>(first + i) * bins + bin] = sum;
+      sum += counts[i];
+    }
   }
   return sum;
 }
@@ -138,41 +179,32 @@ __device__ inline void counts_to_slots(int bins, int count_warps, const std::int
 // with a barrier.
 __device__ inline void assign_slots(const Routes& routes, const Span& span, bool deduplicated, int count_warps,
                                     std::int32_t* counters, const std::int32_t* ids, Entry* entries) {
-  const int bins = routes.bins();
-  const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x & 31;
-  if (warp < count_warps) {
-    const Span own = share_of(span.end - span.begin, warp, count_warps);
-    std::int32_t* mine = counters + warp * bins;
-    const int tokens_a_step = 32 / routes.topk;
-    const std::int64_t end = span.begin + own.end;
-    for (std::int64_t token = span.begin + own.begin; token < end; token += tokens_a_step) {
-      const std::int64_t index = token * routes.topk + lane;
-      const bool there = lane < tokens_a_step * routes.topk && index < end * routes.topk;
-      const RouteLane route = route_lane(routes, token, end, there ? ids[index] : -1);
-      const bool crosses = deduplicated ? route.first_of_rank : route.expert >= 0;
-      const int bin = deduplicated ? routes.num_experts + route.rank : route.expert;
-      const std::uint32_t key = crosses ? static_cast<std::uint32_t>(bin) : 0x80000000u | lane;
-      const std::uint32_t same = __match_any_sync(0xffffffffu, key);
-      const int before = __popc(same & ((1u << lane) - 1));
-      const std::int32_t slot = crosses ? mine[bin] + before : -1;
-      __syncwarp();
-      if (crosses && before == 0) mine[bin] += __popc(same);
-      __syncwarp();
-      // Ranks ascending, then positions; lanes that send nothing come last.
-      const int order = crosses ? route.rank : 0x7fffffff;
-      int place = 0;
-      for (int position = 0; position < routes.topk; ++position) {
-        const int other = __shfl_sync(0xffffffffu, order, (route.first_lane + position) & 31);
-        place += other < order || (other == order && position < route.position);
-      }
-      if (!route.in_range) continue;
-      Entry entry{};
-      entry.slot = slot;
-      entry.rank = static_cast<std::int16_t>(crosses ? route.rank : -1);
-      entry.position = static_cast<std::int16_t>(deduplicated ? -1 : route.position);
-      entries[route.token * routes.topk + place] = entry;
+  std::int32_t* mine = counters + threadIdx.x / 32 * routes.bins();
+  for (Steps<std::int32_t> steps(routes, span, count_warps, ids); steps.valid(); steps.advance()) {
+    const RouteLane route = route_lane(routes, steps.token(), steps.end(), steps.take());
+    const bool crosses = deduplicated ? route.first_of_rank : route.expert >= 0;
+    const int bin = deduplicated ? routes.num_experts + route.rank : route.expert;
+    const std::uint32_t key = crosses ? static_cast<std::uint32_t>(bin) : 0x80000000u | lane;
+    const std::uint32_t same = __match_any_sync(0xffffffffu, key);
+    const int before = __popc(same & ((1u << lane) - 1));
+    const std::int32_t slot = crosses ? mine[bin] + before : -1;
+    __syncwarp();
+    if (crosses && before == 0) mine[bin] += __popc(same);
+    __syncwarp();
+    // Ranks ascending, then positions; lanes that send nothing come last.
+    const int order = crosses ? route.rank : 0x7fffffff;
+    int place = 0;
+    for (int position = 0; position < routes.topk; ++position) {
+      const int other = __shfl_sync(0xffffffffu, order, (route.first_lane + position) & 31);
+      place += other < order || (other == order && position < route.position);
     }
+    if (!route.in_range) continue;
+    Entry entry{};
+    entry.slot = slot;
+    entry.rank = static_cast<std::int16_t>(crosses ? route.rank : -1);
+    entry.position = static_cast<std::int16_t>(deduplicated ? -1 : route.position);
+    entries[route.token * routes.topk + place] = entry;
   }
   __syncthreads();
 }

@@ -12,8 +12,8 @@ namespace gpu {
 #define MOE_EP_BULK_COPIES 1
 #endif
 
-__device__ __forceinline__ void store_release_system(std::uint64_t* at, std::uint64_t value) {
-  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+__device__ __forceinline__ void store_relaxed_system(std::uint64_t* at, std::uint64_t value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
 }
 
 __device__ __forceinline__ std::uint64_t load_acquire_system(const std::uint64_t* at) {
@@ -34,8 +34,8 @@ __device__ __forceinline__ std::uint32_t load_acquire_device(const std::uint32_t
   return value;
 }
 
-__device__ __forceinline__ void store_release_device(std::uint32_t* at, std::uint32_t value) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+__device__ __forceinline__ void store_relaxed_device(std::uint32_t* at, std::uint32_t value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
 }
 
 __device__ __forceinline__ std::uint32_t load_relaxed_device(const std::uint32_t* at) {
@@ -44,7 +44,10 @@ __device__ __forceinline__ std::uint32_t load_relaxed_device(const std::uint32_t
   return value;
 }
 
-__device__ __forceinline__ void fence_system() { __threadfence_system(); }
+// Between what this thread knows of (its block's writes too, after a barrier) and its next stores, and between its
+// last loads and what follows. Each costs about a microsecond after many writes, so there is one a signal.
+__device__ __forceinline__ void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+__device__ __forceinline__ void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // Past the L1 cache, which another GPU's writes do not reach.
 __device__ __forceinline__ std::int64_t load_cached_in_l2(const std::int64_t* at) {

@@ -102,7 +102,7 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
     queued(arguments.streams.run);
     if (!waits) break;
     const bool fits = await(params.ticket, arguments.streams.run);
-    routing.block_rows = report_->block_rows;
+    routing.block_rows = told(Word::kBlockRows);
     if (fits) break;
     // Ranks with a fixed number of rows have gone on: there is nobody to try again with.
     if (!first_try || report_->call.values[3] != 0) throw_outcome(report_->call);
@@ -114,11 +114,18 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
     room = find_room(need, streams);
   }
   if (waits) {
-    routing.num_rows = report_->num_rows;
-    routing.num_received = report_->num_received;
-    routing.sent_rows = report_->sent_rows;
-    const auto* rows = reinterpret_cast<const std::int64_t*>(report_ + 1);
-    routing.tokens_per_local_expert.assign(rows, rows + num_local_experts_);
+    routing.num_rows = told(Word::kNumRows);
+    routing.sent_rows = told(Word::kSentRows);
+    std::int64_t received = 0;
+    for (int i = 0; i < num_local_experts_; ++i) {
+      routing.tokens_per_local_expert.push_back(told(Word::kFirstExpert, i));
+      received += routing.tokens_per_local_expert.back();
+    }
+    routing.num_received = layout == RowLayout::kExpert ? received : routing.num_rows;
+    if (layout == RowLayout::kRank) {
+      routing.own_first = told(Word::kOwnFirst);
+      routing.own_rows = told(Word::kOwnRows);
+    }
   }
   // With a fixed number of rows the block is laid out for that number, whatever has come.
   result.offsets = params.sizes.block(routing.block_rows);
@@ -213,7 +220,15 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
     MOE_EP_CUDA_CHECK(
         launch_reduce(params, blocks_for(arguments.num_sms, items, params.pipeline.warps), arguments.streams.run));
   } else if (room.bytes >= 0 && shared_rows > 0) {
-    if (!in_place) copy(block + arrays.rows, arguments.rows, shared_rows * row_bytes, arguments.streams.run);
+    if (!in_place) {
+      // All but what this rank will read itself: it can where they are.
+      const std::size_t first = at(routing.own_first) * row_bytes;
+      const std::size_t end = at(routing.own_first + routing.own_rows) * row_bytes;
+      const std::size_t all = shared_rows * row_bytes;
+      std::uint8_t* to = block + arrays.rows;
+      if (first > 0) copy(to, arguments.rows, first, arguments.streams.run);
+      if (end < all) copy(to + end, arguments.rows + end, all - end, arguments.streams.run);
+    }
     if (shares_weights && !weights_in_place) {
       copy(block + arrays.weights, arguments.weights, shared_rows * sizeof(float), arguments.streams.run);
     }
@@ -239,6 +254,7 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
   params.weights_at_rows = shares_weights;
   params.has_values = arguments.has_values;
   params.block_bytes = room.bytes;
+  params.own_rows = !in_place && !reduces_first && routing.own_rows > 0 ? arguments.rows : nullptr;
   params.rows_offset = in_place ? offset_of(arguments.rows) : offset_of(block + arrays.rows);
   params.weights_offset = weights_in_place ? offset_of(arguments.weights) : offset_of(block + arrays.weights);
   params.values_offset = values_in_place ? offset_of(arguments.values) : offset_of(values);

@@ -52,94 +52,6 @@ __device__ inline std::uint32_t finite_to_e4m3x4(const float* values, float reci
          (static_cast<std::uint32_t>(__nv_cvt_float2_to_fp8x2(high, __NV_SATFINITE, __NV_E4M3)) << 16);
 }
 
-// Four blocks of 128, from block `first` of a chunk, in place: a half-warp takes every other one, eight elements a
-// lane. What is written lies before what later calls read. kWhole: all four are there.
-template <class T, bool kWhole>
-__device__ inline void quantize_four_blocks(std::uint8_t* chunk, int first, int elements, bool power_of_two,
-                                            float* scales) {
-  constexpr int kVectors = 8 / T::kPerVector;
-  const int lane = threadIdx.x & 31;
-  const int half = lane & 16;
-  const int column = first * static_cast<int>(kFp8Block) + half * 8 + (lane & 15) * 8;
-  constexpr int kNext = 2 * static_cast<int>(kFp8Block);  // elements to the half-warp's other block
-  uint4 vectors[2][kVectors];
-  std::uint32_t peaks[2] = {0, 0};
-#pragma unroll
-  for (int u = 0; u < 2; ++u) {
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      vectors[u][v] = make_uint4(0, 0, 0, 0);
-      if (kWhole || column + u * kNext < elements) {
-        vectors[u][v] = reinterpret_cast<const uint4*>(chunk + (column + u * kNext) * T::kBytes)[v];
-      }
-      peaks[u] = T::larger(peaks[u], T::peak(vectors[u][v]));
-    }
-  }
-#pragma unroll
-  for (int distance = 8; distance > 0; distance /= 2) {
-#pragma unroll
-    for (int u = 0; u < 2; ++u) peaks[u] = T::larger(peaks[u], __shfl_xor_sync(0xffffffffu, peaks[u], distance));
-  }
-  __syncwarp();
-  // Odd lanes work out the second block's scale beside the even ones' first.
-  const int own = lane & 1;
-  float amax = T::magnitude(own == 0 ? peaks[0] : peaks[1]);
-  const bool finite = __all_sync(0xffffffffu, amax < __uint_as_float(0x7f800000u)) != 0;
-  if (!finite) {
-    // Rare: infinities and NaN, which do not count.
-    float largest[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int u = 0; u < 2; ++u) {
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        float values[T::kPerVector];
-        T::unpack(vectors[u][v], values);
-#pragma unroll
-        for (int i = 0; i < T::kPerVector; ++i) largest[u] = fmaxf(largest[u], finite_magnitude(values[i]));
-      }
-#pragma unroll
-      for (int distance = 8; distance > 0; distance /= 2) {
-        largest[u] = fmaxf(largest[u], __shfl_xor_sync(0xffffffffu, largest[u], distance));
-      }
-    }
-    amax = own == 0 ? largest[0] : largest[1];
-  }
-  const float scale = block_scale(amax, power_of_two);
-  const float inverse = __frcp_rn(scale);
-  const int block = first + half / 16 + 2 * own;
-  if ((lane & 15) < 2 && (kWhole || block * static_cast<int>(kFp8Block) < elements)) scales[block] = scale;
-#pragma unroll
-  for (int u = 0; u < 2; ++u) {
-    const float reciprocal = __shfl_sync(0xffffffffu, inverse, half | u);
-    float values[8];
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      float unpacked[T::kPerVector];
-      T::unpack(vectors[u][v], unpacked);
-#pragma unroll
-      for (int i = 0; i < T::kPerVector; ++i) values[v * T::kPerVector + i] = unpacked[i];
-    }
-    const uint2 quantized =
-        finite ? make_uint2(finite_to_e4m3x4(values, reciprocal), finite_to_e4m3x4(values + 4, reciprocal))
-               : make_uint2(to_e4m3x4(values, reciprocal), to_e4m3x4(values + 4, reciprocal));
-    if (kWhole || column + u * kNext < elements) *reinterpret_cast<uint2*>(chunk + column + u * kNext) = quantized;
-  }
-  __syncwarp();
-}
-
-// Quantises a chunk in place: whole blocks of 128 but for a row's last, in units of 16 elements.
-template <class T>
-__device__ inline void quantize_chunk(std::uint8_t* chunk, int elements, bool power_of_two, float* scales) {
-  constexpr int kFour = 4 * static_cast<int>(kFp8Block);
-  int done = 0;
-  for (; done + kFour <= elements; done += kFour) {
-    quantize_four_blocks<T, true>(chunk, done / static_cast<int>(kFp8Block), elements, power_of_two, scales);
-  }
-  if (done < elements) {
-    quantize_four_blocks<T, false>(chunk, done / static_cast<int>(kFp8Block), elements, power_of_two, scales);
-  }
-}
-
 template <class T>
 __device__ inline void load_four(const std::uint8_t* from, float (&values)[4]) {
   if constexpr (T::kBytes == 4) {
@@ -150,6 +62,120 @@ __device__ inline void load_four(const std::uint8_t* from, float (&values)[4]) {
     T::unpack(make_uint4(pair.x, pair.y, 0, 0), eight);
 #pragma unroll
     for (int i = 0; i < 4; ++i) values[i] = eight[i];
+  }
+}
+
+// One block, four elements a lane, whatever is in it. Lanes past the row's end have zeros.
+struct QuantizedFour {
+  std::uint32_t bytes;
+  float scale;  // of the block
+};
+__device__ inline QuantizedFour quantize_four(const float (&values)[4], bool power_of_two) {
+  float amax = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) amax = fmaxf(amax, finite_magnitude(values[i]));
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, distance));
+  }
+  const float scale = block_scale(amax, power_of_two);
+  return QuantizedFour{to_e4m3x4(values, __frcp_rn(scale)), scale};
+}
+
+// Blocks of a chunk in place, one after the other: for the rare ones with infinities or NaN, which do not count.
+template <class T>
+__device__ __noinline__ void quantize_any_blocks(std::uint8_t* chunk, int first, int elements, bool power_of_two,
+                                                 float* scales) {
+  const int lane = threadIdx.x & 31;
+  const int end = min(elements, first * static_cast<int>(kFp8Block) + kQuantizedAtOnce);
+  for (int block = first; block * static_cast<int>(kFp8Block) < end; ++block) {
+    const int column = block * static_cast<int>(kFp8Block) + lane * 4;
+    float values[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (column < end) load_four<T>(chunk + column * T::kBytes, values);
+    const QuantizedFour quantized = quantize_four(values, power_of_two);
+    __syncwarp();
+    if (column < end) *reinterpret_cast<std::uint32_t*>(chunk + column) = quantized.bytes;
+    if (lane == 0) scales[block] = quantized.scale;
+  }
+  __syncwarp();
+}
+
+// Eight blocks of 128, from block `first` of a chunk, in place: a half-warp takes every other one, eight elements a
+// lane. What is written lies before what later calls read. kWhole: all eight are there.
+template <class T, bool kWhole>
+__device__ inline void quantize_eight_blocks(std::uint8_t* chunk, int first, int elements, bool power_of_two,
+                                             float* scales) {
+  constexpr int kBlocks = 4;  // of a half-warp
+  constexpr int kVectors = 8 / T::kPerVector;
+  constexpr int kNext = 2 * static_cast<int>(kFp8Block);  // elements to the half-warp's next block
+  const int lane = threadIdx.x & 31;
+  const int half = lane & 16;
+  const int column = first * static_cast<int>(kFp8Block) + half * 8 + (lane & 15) * 8;
+  uint4 vectors[kBlocks][kVectors];
+  std::uint32_t peaks[kBlocks];
+#pragma unroll
+  for (int u = 0; u < kBlocks; ++u) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      vectors[u][v] = make_uint4(0, 0, 0, 0);
+      if (kWhole || column + u * kNext < elements) {
+        vectors[u][v] = reinterpret_cast<const uint4*>(chunk + (column + u * kNext) * T::kBytes)[v];
+      }
+    }
+    peaks[u] = T::peak(vectors[u][0]);
+    if constexpr (kVectors == 2) peaks[u] = T::larger(peaks[u], T::peak(vectors[u][1]));
+  }
+  // Lanes give away the blocks that others will finish: each ends with the peak of one block, own of its half-warp's.
+  const auto exchange = [](bool upper, std::uint32_t low, std::uint32_t high, int distance) {
+    return T::larger(upper ? high : low, __shfl_xor_sync(0xffffffffu, upper ? low : high, distance));
+  };
+  const bool upper = (lane & 8) != 0;
+  std::uint32_t peak =
+      exchange((lane & 4) != 0, exchange(upper, peaks[0], peaks[2], 8), exchange(upper, peaks[1], peaks[3], 8), 4);
+  const int own = (lane & 8) / 4 + (lane & 4) / 4;
+#pragma unroll
+  for (int distance = 2; distance > 0; distance /= 2) {
+    peak = T::larger(peak, __shfl_xor_sync(0xffffffffu, peak, distance));
+  }
+  const float amax = T::magnitude(peak);
+  if (__all_sync(0xffffffffu, amax < __uint_as_float(0x7f800000u)) == 0) {
+    quantize_any_blocks<T>(chunk, first, elements, power_of_two, scales);
+    return;
+  }
+  // All have read what is written below.
+  __syncwarp();
+  const float scale = block_scale(amax, power_of_two);
+  const float inverse = __frcp_rn(scale);
+  const int block = first + half / 16 + 2 * own;
+  if ((lane & 3) == 0 && (kWhole || block * static_cast<int>(kFp8Block) < elements)) scales[block] = scale;
+#pragma unroll
+  for (int u = 0; u < kBlocks; ++u) {
+    const float reciprocal = __shfl_sync(0xffffffffu, inverse, half | (u / 2 * 8) | (u % 2 * 4));
+    float values[8];
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      float unpacked[T::kPerVector];
+      T::unpack(vectors[u][v], unpacked);
+#pragma unroll
+      for (int i = 0; i < T::kPerVector; ++i) values[v * T::kPerVector + i] = unpacked[i];
+    }
+    if (kWhole || column + u * kNext < elements) {
+      *reinterpret_cast<uint2*>(chunk + column + u * kNext) =
+          make_uint2(finite_to_e4m3x4(values, reciprocal), finite_to_e4m3x4(values + 4, reciprocal));
+    }
+  }
+  __syncwarp();
+}
+
+// Quantises a chunk in place: whole blocks of 128 but for a row's last, in units of 16 elements.
+template <class T>
+__device__ inline void quantize_chunk(std::uint8_t* chunk, int elements, bool power_of_two, float* scales) {
+  int done = 0;
+  for (; done + kQuantizedAtOnce <= elements; done += kQuantizedAtOnce) {
+    quantize_eight_blocks<T, true>(chunk, done / static_cast<int>(kFp8Block), elements, power_of_two, scales);
+  }
+  if (done < elements) {
+    quantize_eight_blocks<T, false>(chunk, done / static_cast<int>(kFp8Block), elements, power_of_two, scales);
   }
 }
 

@@ -100,24 +100,22 @@ __device__ inline void send_metadata(const SendJob& job, std::int64_t token, con
   }
 }
 
-// Of each warp's ring.
-constexpr int kSendStages = 2;
-
-// Shared memory of the bulk path.
+// Shared memory of the bulk path; `stages` is send_stages().
 struct SendRing {
-  std::uint8_t* stages;     // [warps][kSendStages][chunk_bytes]
-  std::uint64_t* barriers;  // [warps][kSendStages], initialised with one arrival
+  std::uint8_t* stages;     // [warps][stages][chunk_bytes]
+  std::uint64_t* barriers;  // [warps][stages], initialised with one arrival
   float* scales;            // [warps][kMostScalesAChunk], where rows are quantised
 };
 
-__host__ __device__ inline std::size_t ring_bytes(const Pipeline& pipeline) {
-  return pipeline.use_bulk ? static_cast<std::size_t>(pipeline.warps) * kSendStages * pipeline.chunk_bytes : 0;
+__host__ __device__ inline std::size_t ring_bytes(const Pipeline& pipeline, bool quantize) {
+  if (!pipeline.use_bulk) return 0;
+  return static_cast<std::size_t>(pipeline.warps) * send_stages(quantize) * pipeline.chunk_bytes;
 }
 
 // Of the barriers and the scales.
 __host__ __device__ inline std::size_t ring_side_bytes(const Pipeline& pipeline, bool quantize) {
   const std::size_t warps = static_cast<std::size_t>(pipeline.warps);
-  return warps * (kSendStages * sizeof(std::uint64_t) + (quantize ? kMostScalesAChunk * sizeof(float) : 0));
+  return warps * (send_stages(quantize) * sizeof(std::uint64_t) + (quantize ? kMostScalesAChunk * sizeof(float) : 0));
 }
 
 // How rows are sent, one kernel each: code that is not needed costs instruction fetches at every launch.
@@ -171,8 +169,9 @@ struct SendItem {
 // whose tokens go to more ranks. A warp takes several small ones at a time, and asks for more before it needs them.
 class SendQueue {
  public:
-  __device__ SendQueue(std::uint32_t* next_item, std::int64_t num_tokens, int chunks, int chunk_bytes)
-      : next_item_(next_item), end_(static_cast<std::uint32_t>(num_tokens) * chunks), chunks_(chunks) {
+  // A warp that is not at work finds it empty.
+  __device__ SendQueue(std::uint32_t* next_item, std::int64_t num_tokens, int chunks, int chunk_bytes, bool at_work)
+      : next_item_(next_item), end_(at_work ? static_cast<std::uint32_t>(num_tokens) * chunks : 0), chunks_(chunks) {
     const int several = kBytesAClaim / chunk_bytes;
     a_claim_ = several > 1 ? several : 1;
     claimed_ = claim();
@@ -194,7 +193,8 @@ class SendQueue {
   static constexpr int kBytesAClaim = 8192;
 
   __device__ std::uint32_t claim() {
-    return (threadIdx.x & 31) == 0 ? atomicAdd(next_item_, static_cast<std::uint32_t>(a_claim_)) : 0;
+    const bool asks = (threadIdx.x & 31) == 0 && end_ > 0;
+    return asks ? atomicAdd(next_item_, static_cast<std::uint32_t>(a_claim_)) : 0;
   }
 
   std::uint32_t* next_item_;
@@ -206,14 +206,15 @@ class SendQueue {
   std::uint32_t claimed_;
 };
 
-// All warps of the pipeline. When it returns, what the calling thread stored has been written.
-template <class Path>
-__device__ inline void send_rows_bulk(const SendJob& job, const Pipeline& pipeline, const SendRing& ring) {
+// See send_rows.
+template <class Path, class Ready>
+__device__ inline bool send_rows_bulk(const SendJob& job, const Pipeline& pipeline, const SendRing& ring,
+                                      Ready&& ready) {
+  constexpr int kStages = send_stages(Path::kQuantizes);
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x & 31;
-  if (warp >= pipeline.warps) return;
-  std::uint8_t* stages = ring.stages + static_cast<std::size_t>(warp) * kSendStages * pipeline.chunk_bytes;
-  std::uint64_t* barriers = ring.barriers + warp * kSendStages;
+  std::uint8_t* stages = ring.stages + static_cast<std::size_t>(warp) * kStages * pipeline.chunk_bytes;
+  std::uint64_t* barriers = ring.barriers + warp * kStages;
   [[maybe_unused]] float* scales = ring.scales + warp * kMostScalesAChunk;
   const int element = static_cast<int>(element_bytes(job.source.element));
   const int chunk_elements = pipeline.chunk_bytes / element;
@@ -238,21 +239,28 @@ __device__ inline void send_rows_bulk(const SendJob& job, const Pipeline& pipeli
   };
 
   // This item is in flight; the next one is loaded while it is sent; the one after that is being taken.
-  SendQueue queue(job.next_item, job.num_tokens, chunks, pipeline.chunk_bytes);
+  SendQueue queue(job.next_item, job.num_tokens, chunks, pipeline.chunk_bytes, warp < pipeline.warps);
   SendItem item = queue.take();
   SendItem following = queue.take();
   if (lane == 0 && item.valid) load(item, 0);
+  if (!ready()) {
+    // Shared memory is not to be left before what is on the way to it.
+    if (item.valid) barrier_wait(barriers, 0);
+    return false;
+  }
   Entry next = fetch(item);
   int stage = 0;
   std::uint32_t parity = 0;
   while (item.valid) {
     const SendItem now = item;
     const Entry entry = next;
+    const int next_stage = stage + 1 < kStages ? stage + 1 : 0;
     next = fetch(following);
     if (following.valid) {
-      bulk_wait_read<0>();
+      // What was sent from that stage has left it; with more than two stages, what was sent last need not have.
+      bulk_wait_read<kStages - 2>();
       __syncwarp();
-      if (lane == 0) load(following, stage ^ 1);
+      if (lane == 0) load(following, next_stage);
     }
     item = following;
     following = queue.take();
@@ -281,11 +289,12 @@ __device__ inline void send_rows_bulk(const SendJob& job, const Pipeline& pipeli
       __syncwarp();
     }
     if (now.chunk == 0) send_metadata(job, now.token, entry, count);
-    parity ^= stage;
-    stage ^= 1;
+    parity ^= next_stage == 0 ? 1 : 0;
+    stage = next_stage;
   }
   bulk_wait_written();
   fence_bulk_to_global();
+  return true;
 }
 
 // The vector path: rows of any size in words of `Word`, straight from registers. A warp, for one token.
@@ -323,20 +332,12 @@ __device__ inline void quantize_row(const SendJob& job, std::int64_t token, cons
     const int column = block * static_cast<int>(kFp8Block) + lane * 4;
     float values[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     if (column < job.source.hidden) load_four<T>(row + static_cast<std::size_t>(column) * T::kBytes, values);
-    float amax = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) amax = fmaxf(amax, finite_magnitude(values[i]));
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-      amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, distance));
-    }
-    const float scale = block_scale(amax, job.source.power_of_two);
-    const std::uint32_t quantized = to_e4m3x4(values, __frcp_rn(scale));
+    const QuantizedFour quantized = quantize_four(values, job.source.power_of_two);
     for_each_entry(job, entry, count, [&](const Destination& to, std::size_t slot, int) {
       if (column < job.source.hidden) {
-        *reinterpret_cast<std::uint32_t*>(to.rows + slot * job.sizes.row + column) = quantized;
+        *reinterpret_cast<std::uint32_t*>(to.rows + slot * job.sizes.row + column) = quantized.bytes;
       }
-      if (lane == 0) store_gathered(to.scales + slot * row_scales + block, scale);
+      if (lane == 0) store_gathered(to.scales + slot * row_scales + block, quantized.scale);
     });
   }
 }
@@ -358,26 +359,31 @@ __device__ inline void send_rows_vector(const SendJob& job) {
   }
 }
 
-// All threads of a block. What they stored has been written when it returns, as far as each one's own stores go.
-template <class Path>
-__device__ inline void send_rows(const SendJob& job, const Pipeline& pipeline, const SendRing& ring) {
+// All threads of a block. Calls `ready`, all of them, before entries are read; false where it does not come true. What
+// the calling thread stored has been written when it returns.
+template <class Path, class Ready>
+__device__ inline bool send_rows(const SendJob& job, const Pipeline& pipeline, const SendRing& ring, Ready&& ready) {
   if constexpr (Path::kBulk) {
 #if defined(MOE_EP_BULK_COPIES)
-    for (int i = threadIdx.x; i < pipeline.warps * kSendStages; i += blockDim.x) barrier_init(ring.barriers + i, 1);
+    const int barriers = pipeline.warps * send_stages(Path::kQuantizes);
+    for (int i = threadIdx.x; i < barriers; i += blockDim.x) barrier_init(ring.barriers + i, 1);
     fence_barrier_init();
     fence_shared_to_bulk();
     __syncthreads();
-    send_rows_bulk<Path>(job, pipeline, ring);
+    return send_rows_bulk<Path>(job, pipeline, ring, ready);
 #else
     __trap();
+    return false;
 #endif
   } else {
+    if (!ready()) return false;
     send_rows_vector(job);
+    return true;
   }
 }
 
-// Zeros, and -1 as an id: a warp, for one row.
-__device__ inline void clear_row(const Destination& block, const RowSizes& sizes, std::int64_t row) {
+// Zeros, and -1 as an id: a warp, for one row. Rare: it is not to make kernels larger.
+static __device__ __noinline__ void clear_row(const Destination& block, const RowSizes& sizes, std::int64_t row) {
   const int lane = threadIdx.x & 31;
   std::uint8_t* bytes = block.rows + row * sizes.row;
   if (sizes.row % 16 == 0) {

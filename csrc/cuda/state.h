@@ -45,18 +45,32 @@ struct ReportedOutcome {
 // Host-mapped memory, one a rank. `call` belongs to the call that waits for it; `failure` is the first outcome of
 // any kind since the host last took one.
 struct Report {
-  std::uint64_t ticket;       // of the last call whose counts are below
-  std::uint64_t started;      // ticket of the last kernel that began
-  std::int64_t num_rows;      // to return
-  std::int64_t num_received;  // of these, rows that carry a token
-  std::int64_t block_rows;    // of the receive block
-  std::int64_t sent_rows;     // that go to other ranks
+  std::uint64_t started;  // ticket of the last kernel that began
   ReportedOutcome call;
   std::uint32_t failure_state;  // 0: none, 1: being written, 2: there
   ReportedOutcome failure;
   std::uint32_t abort;  // written by the host: waits end
 };
-// Followed by int64 [num_local_experts] received rows, no padding.
+
+// Behind the report, one word each: what a call that waits is told. A word names its call, so each stands for itself
+// and no fence, which would cost microseconds, has to order them. Where the outcome is not kOk, `call` is there before
+// it; the other words come with kOk and kNoRoom only.
+enum class Word : int {
+  kOutcome = 0,
+  kNumRows,      // to return
+  kBlockRows,    // of the receive block
+  kSentRows,     // that go to other ranks
+  kOwnFirst,     // layout rank: where this rank's own rows begin in its block
+  kOwnRows,      // and how many they are
+  kFirstExpert,  // then received rows, no padding, of each local expert
+};
+
+MOE_EP_HOST_DEVICE constexpr std::uint64_t tagged_word(std::uint64_t ticket, std::int64_t value) {
+  return ticket << 32 | static_cast<std::uint32_t>(value);
+}
+MOE_EP_HOST_DEVICE constexpr bool has_tag(std::uint64_t word, std::uint64_t ticket) {
+  return static_cast<std::uint32_t>(word >> 32) == static_cast<std::uint32_t>(ticket);
+}
 
 // A row that crosses: into which slot of which rank's block. rank -1: none; entries of a token are packed to the
 // front, ranks ascending, then top-k positions ascending.
@@ -162,6 +176,16 @@ struct RowSource {
   bool power_of_two;
 };
 
+// Elements that a warp quantises at a time: eight blocks.
+constexpr int kQuantizedAtOnce = 8 * static_cast<int>(kFp8Block);
+
+// Of each warp's ring where rows are sent. Quantising a chunk takes as long as loading one: a third stage is sent from
+// meanwhile.
+MOE_EP_HOST_DEVICE constexpr int send_stages(bool quantize) { return quantize ? 3 : 2; }
+
+// What counting routes keeps in shared memory beside its warps' counters, at most, in arrays as long as these.
+constexpr int kArraysBesideCounters = 4;
+
 // How a block's warps move rows: see send.cuh and reduce.cuh.
 struct Pipeline {
   std::int32_t warps;        // that move rows
@@ -221,7 +245,8 @@ struct CombineParams {
   bool has_weights;
   bool weights_at_rows;  // read from the rows' ranks; otherwise they are applied already
   bool has_values;
-  std::int64_t rows_offset;  // in this rank's heap; -1 in `block_bytes`: no room
+  const std::uint8_t* own_rows;  // where this rank reads its own, if not in its heap
+  std::int64_t rows_offset;      // in this rank's heap; -1 in `block_bytes`: no room
   std::int64_t weights_offset;
   std::int64_t values_offset;
   std::int64_t block_bytes;

@@ -26,6 +26,14 @@ __device__ inline void write_outcome(ReportedOutcome& to, Outcome outcome, Opera
   for (int i = 0; i < kReportValues; ++i) to.values[i] = values[i];
 }
 
+// A word of the report of the call with `ticket`; see state.h.
+__device__ inline void tell(const Group& group, std::uint64_t ticket, int word, std::int64_t value) {
+  store_relaxed_system(reinterpret_cast<std::uint64_t*>(group.report + 1) + word, tagged_word(ticket, value));
+}
+__device__ inline void tell(const Group& group, std::uint64_t ticket, Word word, std::int64_t value) {
+  tell(group, ticket, static_cast<int>(word), value);
+}
+
 // Keeps the first failure for the host. One thread of the grid calls it for an outcome that all threads see; any
 // number may for a wait that failed.
 __device__ inline void record_failure(const Group& group, Outcome outcome, Operation operation, std::uint64_t sequence,
@@ -85,11 +93,12 @@ __device__ inline bool wait_for_all(const Group& group, Step step, std::uint64_t
 // The threads of a block, after a barrier: tells every rank that this one has done `step`, releasing what the block
 // has seen written.
 __device__ inline void signal_all(const Group& group, Step step, std::uint64_t sequence) {
+  if (threadIdx.x >= group.num_ranks) return;
   fence_system();
   for (int i = threadIdx.x; i < group.num_ranks; i += blockDim.x) {
     // Starting behind oneself spreads the stores, as every rank does this at about the same time.
     const int reader = (group.rank + 1 + i) % group.num_ranks;
-    store_release_system(flag_of(group, reader, step, group.rank), sequence);
+    store_relaxed_system(flag_of(group, reader, step, group.rank), sequence);
   }
 }
 
@@ -99,19 +108,33 @@ __device__ inline bool is_last_block(std::uint32_t* counter) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    fence_system();
+    fence_device();
     last = atomicInc(counter, gridDim.x - 1) == gridDim.x - 1;
-    fence_system();
+    if (last) fence_device();
   }
   __syncthreads();
   return last;
 }
 
-// A barrier of all blocks: returns when each has come here, and sees what the others wrote before. `mark` is another
-// one than the last time. False: the operation has been given up, or not all blocks found room on the GPU in time.
+// A barrier of all blocks in two parts, so that a block has something to do in between. The last block to arrive
+// calls `finish`, all of its threads, which sees what the others wrote. `mark` is another one than the last time.
+template <class Finish>
+__device__ inline void arrive_at_blocks(const Group& group, std::uint32_t mark, Finish&& finish) {
+  if (!is_last_block(&group.state->blocks[0])) return;
+  finish();
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  fence_device();
+  store_relaxed_device(&group.state->passed, mark);
+}
+__device__ inline void arrive_at_blocks(const Group& group, std::uint32_t mark) {
+  arrive_at_blocks(group, mark, [] {});
+}
+
+// Returns when each block has arrived, and sees what the others and `finish` wrote. False: the operation has been
+// given up, or not all blocks found room on the GPU in time.
 __device__ inline bool wait_for_blocks(const Group& group, std::uint32_t mark) {
   DeviceState* state = group.state;
-  if (is_last_block(&state->blocks[0]) && threadIdx.x == 0) store_release_device(&state->passed, mark);
   bool ok = true;
   if (threadIdx.x == 0) {
     const std::uint64_t started = nanoseconds();

@@ -5,8 +5,8 @@
         python tests/bench/profile_kernels.py
 
 One rank, because a profiler runs one kernel at a time and ranks wait for each other inside theirs. 4096 tokens, hidden
-7168, top-8 of 256 experts, bf16, layout "expert" (8 copies of every row written and read back), on as many SMs as
-there are. Bytes: 4096 rows read and 32,768 written by a dispatch, the other way round by a combine.
+7168, top-8 of 256 experts, bf16, layout "expert" (8 copies of every row written and read back), on --sms SMs (all, if
+left out). Bytes: 4096 rows read and 32,768 written by a dispatch, the other way round by a combine.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--wire", choices=("bf16", "fp8"), default="bf16")
+    parser.add_argument("--sms", type=int, default=torch.cuda.get_device_properties(0).multi_processor_count)
     options = parser.parse_args()
     config = EpConfig(
         num_experts=EXPERTS,
@@ -33,7 +34,7 @@ def main() -> None:
         max_tokens_per_rank=TOKENS,
         device="cuda",
         backend="cuda",
-        num_sms=torch.cuda.get_device_properties(0).multi_processor_count,
+        num_sms=options.sms,
         timeout_s=300.0,
     )
     x = torch.randn(TOKENS, HIDDEN, device="cuda").bfloat16()
