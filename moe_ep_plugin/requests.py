@@ -27,6 +27,7 @@ class RequestChecker:
         self._id = buffer_id
         self._device_type = config.device_type
         self._copied = False
+        self._fitting_dtypes: set[torch.dtype] = set()
 
     def check_handle(self, handle: DispatchHandle) -> None:
         """Raise ConfigError unless ``handle`` is one of this buffer's."""
@@ -39,6 +40,8 @@ class RequestChecker:
 
     def check_dtype(self, name: str, dtype: torch.dtype) -> None:
         """Raise ConfigError unless rows of ``dtype`` are supported and fit the heap."""
+        if dtype in self._fitting_dtypes:
+            return
         if dtype not in SUPPORTED_DTYPES:
             raise ConfigError.of(name, dtype, f"rows must be one of {SUPPORTED_DTYPES}", "cast the tensor")
         if dtype.itemsize > self.config.dtype.itemsize:
@@ -49,6 +52,7 @@ class RequestChecker:
                 f"build the EpBuffer with EpConfig(dtype={dtype})",
             )
         self.config.check_row_bytes(dtype)
+        self._fitting_dtypes.add(dtype)
 
     def _check_tensor(
         self, name: str, tensor: Any, shape: tuple[int | None, ...], dtype: torch.dtype | None = None
@@ -62,17 +66,17 @@ class RequestChecker:
                 f"the buffer works on {self._device_type!r}",
                 "move the tensor, or set EpConfig(device=...)",
             )
-        have = tensor.shape
-        if len(have) != len(shape) or any(w is not None and w != h for w, h in zip(shape, have, strict=True)):
+        if not _fits(tensor.shape, shape):
             wanted = "[" + ", ".join("any" if s is None else str(s) for s in shape) + "]"
             raise ConfigError.of(f"{name}.shape", list(tensor.shape), f"{wanted} is needed", "reshape it")
         if dtype is not None and tensor.dtype != dtype:
             raise ConfigError.of(f"{name}.dtype", tensor.dtype, f"{dtype} is needed", f"use {name}.to({dtype})")
         if tensor.requires_grad:
             tensor = tensor.detach()
-        contiguous: torch.Tensor = tensor.contiguous()
-        self._copied = self._copied or contiguous is not tensor
-        return contiguous
+        if tensor.is_contiguous():
+            return tensor
+        self._copied = True
+        return tensor.contiguous()
 
     def dispatch_request(
         self,
@@ -199,6 +203,15 @@ class RequestChecker:
             async_op=async_op,
             previous_event=previous_event,
         )
+
+
+def _fits(have: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    if len(have) != len(wanted):
+        return False
+    for size, limit in zip(have, wanted, strict=True):  # A loop, as a generator takes twice as long at every call.
+        if limit is not None and size != limit:
+            return False
+    return True
 
 
 def _checked_sms(num_sms: int | None) -> int | None:

@@ -1,5 +1,7 @@
 // Dispatch in one launch: count routes, exchange counts and addresses, give every row its slot, write every row
 // there, tell the receivers. Phases are in the .cuh files; this one strings them together.
+#include <algorithm>
+
 #include "cuda/exchange.cuh"
 #include "cuda/launch.h"
 #include "cuda/layout.cuh"
@@ -142,12 +144,21 @@ __device__ void place_bins(const DispatchParams& params, std::uint64_t sequence,
     std::int32_t total = 0;
     std::int32_t before = 0;
     std::int32_t own = 0;
-#pragma unroll 8
-    for (int source = 0; source < group.num_ranks; ++source) {
-      const std::int32_t count = load_cached_in_l2(counts_of(post_of(group, group.rank, sequence, source)) + bin);
-      total += count;
-      before += source < group.rank ? count : 0;
-      own = source == group.rank ? count : own;
+    constexpr int kAtOnce = 8;  // loads in flight
+    for (int first = 0; first < group.num_ranks; first += kAtOnce) {
+      std::int32_t counts[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int source = min(first + i, group.num_ranks - 1);
+        counts[i] = load_cached_in_l2(counts_of(post_of(group, group.rank, sequence, source)) + bin);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i >= group.num_ranks) break;
+        total += counts[i];
+        before += first + i < group.rank ? counts[i] : 0;
+        own = first + i == group.rank ? counts[i] : own;
+      }
     }
     scratch.totals[bin] = total;
     scratch.first[bin] = before + in_blocks_before;
@@ -386,7 +397,7 @@ std::size_t dispatch_shared_bytes(const DispatchParams& params) {
   const std::size_t ring = ring_bytes(params.pipeline, params.source.quantize);
   const std::size_t fixed =
       DispatchShared::fixed_bytes(params.group.num_ranks, params.pipeline, params.source.quantize);
-  return fixed + (counters > ring ? counters : ring);
+  return fixed + std::max(counters, ring);
 }
 
 cudaError_t prepare_dispatch(std::size_t most_shared_bytes) {

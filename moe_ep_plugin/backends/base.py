@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from ..types import CombineOutput, DispatchOutput, Event, Layout, Wire
 
 
-@dataclass(frozen=True, kw_only=True)
+# Made at every call, and frozen dataclasses take long to make.
+@dataclass(slots=True, kw_only=True)
 class DispatchRequest:
     """Validated arguments of a dispatch; tensors are contiguous and on the buffer's device.
 
@@ -52,7 +53,7 @@ class DispatchRequest:
     previous_event: Event | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class CombineRequest:
     """Validated arguments of a combine; tensors are contiguous and on the buffer's device.
 

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,17 +19,18 @@ from ..types import CombineOutput, DispatchOutput
 from ..wire import FP8_DTYPE, num_scales
 from .base import BackendContext, CombineRequest, DispatchRequest
 from .cuda_choices import LINK_SHARE, check_sms, default_num_sms, direct_moves_fewer_bytes
-from .gpu_tensors import GpuEvent, aligned, array, from_bytes
+from .gpu_tensors import CurrentStream, GpuEvent, aligned, array, from_bytes
 from .heap import ELEMENT_CODES, LAYOUT_CODES, HeapBackend, address_of, machine_id, made_by_all, on_one_machine
 
 logger = logging.getLogger("moe_ep_plugin")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _State:
     """What a handle keeps: the host's view of the routing, and the device memory that it describes.
 
     Attributes:
+        routing: None until the dispatch that makes it has returned.
         stream: The stream that the memory belongs to; use on another one must be recorded.
     """
 
@@ -59,6 +60,7 @@ class CudaBackend(HeapBackend):
         super().__init__(context, heap, communicator)
         self._module = module
         self._device = device
+        self._current_stream = CurrentStream(device)
         self._comm_stream = torch.cuda.Stream(device=device, priority=-1)
         self._two_stage = two_stage
         self._ranks_on_device = ranks_on_device
@@ -148,13 +150,6 @@ class CudaBackend(HeapBackend):
         num_topk = handle.num_topk if handle is not None else request.topk_idx.shape[1]  # type: ignore[union-attr]
         layout = request.layout
         limit = request.max_recv_tokens
-        if handle is None and limit is None and torch.cuda.is_current_stream_capturing():
-            raise ConfigError.of(
-                "max_recv_tokens",
-                None,
-                "sizes can't come to the host while a CUDA graph is captured",
-                "pass max_recv_tokens, or a handle",
-            )
         inputs = (x, request.scale, request.topk_idx, request.topk_weights)
         run, home = self._streams(request, copied, inputs)
         state = handle.state if handle is not None else self._new_state(x.shape[0], num_topk, layout, run, home)
@@ -179,7 +174,7 @@ class CudaBackend(HeapBackend):
             home=home.cuda_stream,
         )
         if handle is None:
-            state = replace(state, routing=result.routing)
+            state.routing = result.routing
             if state.fan is not None:
                 result.routing.set_fan(state.fan.data_ptr())
             handle = self._make_handle(request, state, num_topk)
@@ -242,7 +237,7 @@ class CudaBackend(HeapBackend):
     def empty_rows(self, handle: DispatchHandle, dtype: torch.dtype) -> torch.Tensor:
         """A lease of the heap, or ordinary memory where the pool is used up."""
         shape = (handle.num_rows, self._c.config.hidden)
-        stream = torch.cuda.current_stream(self._device.index)
+        stream = self._current_stream()
         block = self._connected().lease(
             max(1, math.prod(shape) * dtype.itemsize), stream=stream.cuda_stream, home=stream.cuda_stream
         )
@@ -279,7 +274,7 @@ class CudaBackend(HeapBackend):
                 raise ConfigError.of(
                     "a tensor's device", tensor.device, f"the buffer's heap is on {self._device}", "move the tensor"
                 )
-        home = torch.cuda.current_stream(self._device.index)
+        home = self._current_stream()
         run = self._comm_stream if request.async_op else home
         if request.previous_event is not None:
             with torch.cuda.stream(run):

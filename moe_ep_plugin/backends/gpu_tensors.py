@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from ..wire import FP8_DTYPE
 
 
 class GpuEvent:
@@ -47,6 +50,25 @@ def aligned(rows: torch.Tensor) -> tuple[torch.Tensor, bool]:
     return (rows, False) if rows.data_ptr() % 16 == 0 else (rows.clone(), True)
 
 
+class CurrentStream:
+    """The current stream of one device. ``torch.cuda.current_stream`` makes a new object at every call, slowly."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._index = device.index
+        self._known: dict[int, torch.cuda.Stream] = {}
+        # Not public, but what torch's own compiler calls; without it everything still works.
+        self._raw: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+    def __call__(self) -> torch.cuda.Stream:
+        if self._raw is None:
+            return torch.cuda.current_stream(self._index)
+        raw = self._raw(self._index)
+        stream = self._known.get(raw)
+        if stream is None:
+            stream = self._known[raw] = torch.cuda.current_stream(self._index)
+        return stream
+
+
 # DLPack's code and bits of an element.
 _DLPACK = {
     torch.float32: (2, 32),
@@ -55,6 +77,18 @@ _DLPACK = {
     torch.int64: (0, 64),
     torch.uint8: (1, 8),
 }
+
+
+def _exchanges_fp8() -> bool:
+    try:
+        torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(torch.empty(1, dtype=FP8_DTYPE)))
+    except (RuntimeError, BufferError):
+        return False
+    return True
+
+
+if _exchanges_fp8():
+    _DLPACK[FP8_DTYPE] = (10, 8)
 
 Shape = tuple[int] | tuple[int, int]
 
@@ -71,7 +105,8 @@ def _leased(block: Any, offset: int, dtype: torch.dtype, shape: Shape) -> torch.
     if math.prod(shape) == 0:
         return torch.empty(shape, dtype=dtype, device=torch.device("cuda", block.device))
     kind = _DLPACK.get(dtype)
-    # FP8 crosses as bytes. Then by set_, as a view could not be modified in place under autograd.
+    # Where torch is too old for FP8 in DLPack it crosses as bytes. Then by set_, as a view could not be modified in
+    # place under autograd.
     tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(block.dlpack(offset, kind or _DLPACK[torch.uint8], shape))
     return tensor if kind is not None else _tensor(tensor, 0, dtype, shape)
 
