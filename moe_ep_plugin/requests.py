@@ -71,12 +71,11 @@ class RequestChecker:
             raise ConfigError.of(f"{name}.shape", list(tensor.shape), f"{wanted} is needed", "reshape it")
         if dtype is not None and tensor.dtype != dtype:
             raise ConfigError.of(f"{name}.dtype", tensor.dtype, f"{dtype} is needed", f"use {name}.to({dtype})")
-        if tensor.requires_grad:
-            tensor = tensor.detach()
-        if tensor.is_contiguous():
-            return tensor
+        rows: torch.Tensor = tensor.detach() if tensor.requires_grad else tensor
+        if rows.is_contiguous():
+            return rows
         self._copied = True
-        return tensor.contiguous()
+        return rows.contiguous()
 
     def dispatch_request(
         self,
@@ -206,12 +205,10 @@ class RequestChecker:
 
 
 def _fits(have: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
-    if len(have) != len(wanted):
-        return False
-    for size, limit in zip(have, wanted, strict=True):  # A loop, as a generator takes twice as long at every call.
-        if limit is not None and size != limit:
-            return False
-    return True
+    fits = len(have) == len(wanted)
+    for size, limit in zip(have, wanted, strict=False):  # A loop: a generator takes twice as long, at every call.
+        fits = fits and (limit is None or size == limit)
+    return fits
 
 
 def _checked_sms(num_sms: int | None) -> int | None:

@@ -60,6 +60,7 @@ class CurrentStream:
         self._raw: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
     def __call__(self) -> torch.cuda.Stream:
+        """The stream; an object is made once for each."""
         if self._raw is None:
             return torch.cuda.current_stream(self._index)
         raw = self._raw(self._index)
@@ -81,7 +82,7 @@ _DLPACK = {
 
 def _exchanges_fp8() -> bool:
     try:
-        torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(torch.empty(1, dtype=FP8_DTYPE)))
+        torch.utils.dlpack.from_dlpack(torch.empty(1, dtype=FP8_DTYPE))
     except (RuntimeError, BufferError):
         return False
     return True

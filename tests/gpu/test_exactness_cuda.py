@@ -8,12 +8,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import Phase
+
+from moe_ep_plugin import EpBuffer
+from moe_ep_plugin.wire import quantize_blocks
 
 from ..backends.test_exactness import DENSE, bits_of_two_runs, held_results, narrower_rows, overflow_on_one_rank
 from ..cases import Case, Place, independent_cases
 from ..checks import run_case, run_random
-from .helpers import DEVICE, PLACE, TWIN, kernel_tests
+from .helpers import DEVICE, PLACE, TWIN, kernel_tests, make_config
 
 pytestmark = [*kernel_tests, pytest.mark.usefixtures("host")]
 
@@ -71,6 +75,45 @@ def test_overflow_is_reported_on_all_ranks(ranks, num_ranks):
 @pytest.mark.parametrize("expand", ["direct", "two_stage"])
 def test_two_runs_give_the_same_bits(ranks, expand):
     ranks(4).run(bits_of_two_runs, replace(DENSE, expand=expand), PLACE)
+
+
+def of_any_bits(rows: int, hidden: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Rows of random bits (NaN and infinities among them), rows of their finite values only, tiny ones, and zeros."""
+    bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    limits = torch.iinfo(bits)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(limits.min, limits.max, (rows, hidden), generator=generator, dtype=bits).view(dtype)
+    quarter = rows // 4
+    x[quarter:] = torch.where(torch.isfinite(x[quarter:]), x[quarter:], 1.0)
+    x[2 * quarter : 3 * quarter] = (x[2 * quarter : 3 * quarter].double() * 2.0**-100).to(dtype)
+    x[3 * quarter :, :300] = 0.0
+    return x
+
+
+def quantised_on_the_way(power_of_two: bool) -> int:
+    """Rows of all values arrive with the bits of the plain statement of the format."""
+    compared = 0
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for hidden in (8, 136, 1040, 3216, 7168):
+            config = make_config(hidden=hidden, dtype=dtype, wire="fp8", power_of_two_scales=power_of_two)
+            with EpBuffer(None, config) as buffer:
+                x = of_any_bits(64, hidden, dtype, hidden)
+                idx = torch.full((64, 1), buffer.rank * 4, dtype=torch.int64)
+                out = buffer.dispatch(x.to(DEVICE), idx.to(DEVICE))
+                q, scale = quantize_blocks(x, power_of_two)
+                assert out.scale is not None
+                assert torch.equal(out.scale.cpu(), scale)
+                received, wrong = out.x.cpu().view(torch.uint8), torch.isnan(q.float())
+                # Any NaN will do: two codes stand for it.
+                assert torch.equal(received & 127 == 127, wrong)
+                assert torch.equal(received[~wrong], q.view(torch.uint8)[~wrong])
+                compared += 1
+    return compared
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_rows_of_any_bits_are_quantised_alike(ranks, power_of_two):
+    assert ranks(2).run(quantised_on_the_way, power_of_two) == [15] * 2
 
 
 def test_dtypes_mix_on_one_buffer(ranks):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_ep_plugin import CapacityError, DispatchOutput, EpBuffer
+from moe_ep_plugin import CapacityError, ConfigError, DispatchOutput, EpBuffer
 from tests.cases import bits
 
 from .helpers import DEVICE, Mistakes, finish, integers, kernel_tests, make_config, needs_cuda
@@ -118,6 +118,21 @@ def captured_reuse() -> int:
 def test_reuse_of_a_handle_is_captured_and_replayed(ranks):
     """No count comes to the host, and so none is waited for."""
     assert ranks(3).run(captured_reuse) == [REPLAYS] * 3
+
+
+def captured_with_exact_sizes() -> None:
+    """Sizes can't come to the host from a capture: refused on this rank before anything is sent."""
+    with EpBuffer(None, make_config(hidden=WIDTH, dtype=torch.bfloat16)) as buffer:
+        x, idx, _ = routing(0, buffer.rank)
+        buffer.dispatch(x, idx)
+        finish()
+        with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(ConfigError, match="max_recv_tokens is None"):
+            buffer.dispatch(x, idx)
+        assert buffer.dispatch(x, idx).x.shape[1] == WIDTH
+
+
+def test_exact_sizes_are_refused_in_a_capture(ranks):
+    ranks(2).run(captured_with_exact_sizes)
 
 
 # The communication stream
