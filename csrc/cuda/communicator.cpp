@@ -191,12 +191,15 @@ Pipeline Communicator::send_pipeline(const RowSource& source, const RowSizes& si
   if (!pipeline.use_bulk) return pipeline;
   const bool crowded = options_.ranks_on_device * options_.default_sms * 5 >= num_device_sms_ * 3;
   if (crowded && !source.quantize) pipeline.warps = kWarps / 2;
-  // Whole units, and a short last one, cost least.
-  const std::int64_t unit = source.quantize ? kQuantizedAtOnce * element : 16;
   const std::int64_t stages = send_stages(source.quantize);
   const std::int64_t side = sizeof(std::uint64_t) * stages + (source.quantize ? kMostScalesAChunk * sizeof(float) : 0);
   const auto room = static_cast<std::int64_t>(most_shared_bytes_ - align_up(at(num_destinations) * 48, 128) - 128);
   std::int64_t most = (room / kWarps - side) / stages;
+  // Quantising by whole units, and a short last one, costs least.
+  const std::int64_t block = static_cast<std::int64_t>(kFp8Block) * element;
+  const std::int64_t unit = !source.quantize                     ? 16
+                            : most >= kQuantizedAtOnce * element ? kQuantizedAtOnce * element
+                                                                 : block;
   if (crowded && !source.quantize) most = std::min<std::int64_t>(most, kSmallChunk);
   if (source.quantize) most = std::min(most, kQuantizedChunk * element);
   const std::int64_t chunks = (row + most / unit * unit - 1) / (most / unit * unit);
@@ -238,17 +241,14 @@ int Communicator::blocks_for(int num_sms, std::int64_t items, int warps) const {
 // Operations follow each other on the GPU whatever streams they are queued on.
 void Communicator::queue_behind(cudaStream_t stream) {
   // A capture is not ordered after what came before it: it begins on an idle device, and so do its replays.
-  if (!has_run_ || stream == last_stream_ || capture_of(stream) != last_capture_) return;
-  changes_streams_ = true;
-  if (!behind_is_recorded_) MOE_EP_CUDA_CHECK(cudaEventRecord(behind_, last_stream_));
-  MOE_EP_CUDA_CHECK(cudaStreamWaitEvent(stream, behind_, 0));
+  if (has_run_ && stream != last_stream_ && capture_of(stream) == last_capture_) {
+    MOE_EP_CUDA_CHECK(cudaStreamWaitEvent(stream, behind_, 0));
+  }
 }
 
-// Recorded now, so that the next operation waits for this one and for nothing that is queued after it. Until streams
-// change for the first time nobody asks, and kernels follow each other faster without an event in between.
+// Recorded now, so that the next operation waits for this one and for nothing that is queued after it.
 void Communicator::queued(cudaStream_t stream) {
-  if (changes_streams_) MOE_EP_CUDA_CHECK(cudaEventRecord(behind_, stream));
-  behind_is_recorded_ = changes_streams_;
+  MOE_EP_CUDA_CHECK(cudaEventRecord(behind_, stream));
   last_stream_ = stream;
   last_capture_ = capture_of(stream);
   has_captures_ = has_captures_ || last_capture_ != 0;

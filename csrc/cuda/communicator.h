@@ -208,8 +208,6 @@ class Communicator {
   std::uint64_t last_capture_ = 0;
   bool has_run_ = false;
   bool has_captures_ = false;
-  bool behind_is_recorded_ = false;
-  bool changes_streams_ = false;
   std::atomic<bool> departed_{false};
   std::atomic<bool> awaiting_{false};
   std::uint64_t ticket_ = 0;

@@ -96,8 +96,6 @@ std::shared_ptr<Pool::Lease> Pool::lease(FreeList::Range range, cudaStream_t use
 void Pool::order_after_releases(cudaStream_t user) {
   for (auto& [stream, home] : homes_) {
     if (stream == user || home.seen[user] == home.releases || capture_of(stream) != 0) continue;
-    crosses_streams_ = true;
-    if (home.recorded != home.releases) record(stream, home);
     if (home.event != nullptr) MOE_EP_CUDA_CHECK(cudaStreamWaitEvent(user, home.event, 0));
     home.seen[user] = home.releases;
   }
@@ -110,7 +108,6 @@ void Pool::record(cudaStream_t stream, Home& home) {
     return;
   }
   cudaEventRecord(home.event, stream);
-  home.recorded = home.releases;
 }
 
 void Pool::release(FreeList::Range range, cudaStream_t home, std::uint64_t capture, bool used) {
@@ -126,9 +123,7 @@ void Pool::release(FreeList::Range range, cudaStream_t home, std::uint64_t captu
   if (!used) return;
   Home& of = homes_[home];
   ++of.releases;
-  // Here and now, so that another stream does not wait for what is queued later; but an event costs time, and most
-  // buffers are used on one stream only.
-  if (!crosses_streams_) return;
+  // Here and now, so that another stream does not wait for what is queued later.
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   if (cudaStreamIsCapturing(home, &status) == cudaSuccess && status == cudaStreamCaptureStatusNone) record(home, of);
 }

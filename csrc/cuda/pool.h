@@ -68,15 +68,14 @@ class Pool : public std::enable_shared_from_this<Pool> {
 
  private:
   struct Home {
-    cudaEvent_t event = nullptr;
+    cudaEvent_t event = nullptr;  // after the last release
     std::uint64_t releases = 0;
-    std::uint64_t recorded = 0;                  // releases that the event comes after
     std::map<cudaStream_t, std::uint64_t> seen;  // by stream: releases that it is ordered after
   };
 
   std::shared_ptr<Lease> lease(FreeList::Range range, cudaStream_t user, cudaStream_t home, std::uint64_t capture);
   void order_after_releases(cudaStream_t user);
-  void record(cudaStream_t stream, Home& home);
+  static void record(cudaStream_t stream, Home& home);
   void release(FreeList::Range range, cudaStream_t home, std::uint64_t capture, bool used);
 
   int device_;
@@ -87,7 +86,6 @@ class Pool : public std::enable_shared_from_this<Pool> {
   std::map<std::uint64_t, FreeList> free_of_capture_;
   std::map<cudaStream_t, Home> homes_;
   std::size_t leased_ = 0;
-  bool crosses_streams_ = false;  // memory has been given back on one stream and used again on another
 };
 
 // The id of the capture that `stream` takes part in; 0: none.

@@ -13,7 +13,9 @@ dispatch, expert ids too in layout "rank"; these few bytes are not counted.
 
 Time: warm-up, then batches of calls made back to back, each batch after a barrier and two untimed calls, between
 CUDA events. The output of a call lives until the next call has returned, as a user would hold it. The slowest rank
-counts in each batch; the figure is the median over batches, beside the smallest and the largest. Before a work is timed
+counts in each batch; the figure is the median over batches, beside the smallest and the largest. A new buffer is left
+alone for --settle-s first: the memory of the one before it is cleared in the background, which takes bandwidth from
+whatever runs (9 % and more of a dispatch's time for its first tenths of a second). Before a work is timed
 its result is compared with what torch computes from the same data; a wrong one is reported and not timed.
 
 Floor: the bytes that the work has to read and write on all ranks, over the bandwidth (bytes read + written) of large
@@ -89,6 +91,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--calls", type=int, help="calls a batch")
     parser.add_argument("--batches", type=int, help="batches")
     parser.add_argument("--heaps-gb", type=float, default=96.0, help="most of the heaps of all ranks, in 10^9 bytes")
+    parser.add_argument("--settle-s", type=float, default=1.0, help="pause after a buffer is made")
     parser.add_argument("--timeout-s", type=float, default=15.0, help="longest wait for a peer")
     for name in ("tokens", "hidden", "topk", "experts"):
         parser.add_argument(f"--{name}", type=int, default=getattr(TARGET_SHAPE, name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -42,6 +43,8 @@ class Session:
         except Failed:
             team.change_buffer_group()
             raise
+        if team.device.type == "cuda":
+            time.sleep(options.settle_s)
 
     def _pool_bytes(self, config: EpConfig, limit: int) -> int | None:
         """The default pool where the heap then stays below ``limit``, else what is left for it."""
