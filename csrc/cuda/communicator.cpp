@@ -177,9 +177,8 @@ int Communicator::count_warps(int bins) const {
   return std::min(kWarps, counters - kArraysBesideCounters);
 }
 
-// What did best on an H200 (docs/performance.md): where this GPU's ranks use most of its SMs, memory is the limit, and
-// few small chunks in flight disturb it least; with few SMs each of them has to keep more in flight. Quantising takes
-// all warps.
+// What did best on an H200 (docs/performance.md): where memory is the limit, few small chunks in flight disturb it
+// least; with few SMs each of them has to keep more in flight. Quantising takes all warps.
 Pipeline Communicator::send_pipeline(const RowSource& source, const RowSizes& sizes, int num_destinations) const {
   Pipeline pipeline{};
   pipeline.count_warps = count_warps(group_.num_experts + group_.num_ranks);
@@ -189,7 +188,7 @@ Pipeline Communicator::send_pipeline(const RowSource& source, const RowSizes& si
   pipeline.warps = kWarps;
   pipeline.chunk_bytes = static_cast<std::int32_t>(row);
   if (!pipeline.use_bulk) return pipeline;
-  const bool crowded = options_.ranks_on_device * options_.default_sms * 5 >= num_device_sms_ * 3;
+  const bool crowded = is_crowded();
   if (crowded && !source.quantize) pipeline.warps = kWarps / 2;
   const std::int64_t stages = send_stages(source.quantize);
   const std::int64_t side = sizeof(std::uint64_t) * stages + (source.quantize ? kMostScalesAChunk * sizeof(float) : 0);
@@ -210,19 +209,20 @@ Pipeline Communicator::send_pipeline(const RowSource& source, const RowSizes& si
   return pipeline;
 }
 
-// Two stages a warp or more, and the warps and chunks that did best on an H200: many warps where a token has few rows,
-// whose sums are short, and fewer where memory is the limit anyway.
+// Two stages a warp or more, and the warps and chunks that did best on an H200: few where memory is the limit.
+// Otherwise the arithmetic is, which likes many warps, and wide chunks of few rows.
 Pipeline Communicator::reduce_pipeline(int num_sources, int most_entries, bool plain) const {
   Pipeline pipeline{};
   pipeline.use_bulk = has_bulk_;
-  pipeline.chunk_bytes = plain && most_entries <= 2 ? kWideReduceChunk : kReduceChunk;
+  const bool crowded = is_crowded();
+  const bool wide = plain && most_entries <= (crowded ? 2 : 4);
+  pipeline.chunk_bytes = wide ? kWideReduceChunk : kReduceChunk;
   if (tuned_reduce_.chunk_bytes > 0) pipeline.chunk_bytes = tuned_reduce_.chunk_bytes;
   const std::size_t room = most_shared_bytes_ - align_up(at(num_sources) * 24, 128) - 256;
   const std::size_t stage = at(most_entries) * at(pipeline.chunk_bytes) + sizeof(std::uint64_t);
-  const int most_warps = tuned_reduce_.warps > 0 ? tuned_reduce_.warps
-                         : most_entries <= 2     ? kWarps
-                         : most_entries <= 4     ? 12
-                                                 : 10;
+  int most_warps = kWarps;
+  if (most_entries == 4 || (crowded && most_entries > 2)) most_warps = most_entries <= 4 ? 12 : 10;
+  if (tuned_reduce_.warps > 0) most_warps = tuned_reduce_.warps;
   for (int warps = most_warps; warps >= 1; --warps) {
     pipeline.warps = warps;
     pipeline.stages = static_cast<std::int32_t>(std::min<std::size_t>(kMostStages, room / (stage * at(warps))));

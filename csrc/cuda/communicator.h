@@ -162,6 +162,8 @@ class Communicator {
   Pipeline send_pipeline(const RowSource& source, const RowSizes& sizes, int num_destinations) const;
   Pipeline reduce_pipeline(int num_sources, int most_entries, bool plain) const;
   int count_warps(int bins) const;
+  // Whether this GPU's ranks use most of its SMs, so that memory is the limit and not what an SM can do.
+  bool is_crowded() const { return options_.ranks_on_device * options_.default_sms * 5 >= num_device_sms_ * 3; }
   void queue_behind(cudaStream_t stream);
   void queued(cudaStream_t stream);
   cudaError_t wait_for_queued();

@@ -30,11 +30,6 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
   const bool deduplicated = layout == RowLayout::kRank || staged;
   const bool quantized = arguments.source.quantize || arguments.has_scales;
   const bool waits = !reuses && limit < 0;
-  if (waits && capture_of(arguments.streams.run) != 0) {
-    throw Error(ErrorKind::kConfig,
-                "max_recv_tokens is None, but sizes can't come to the host while a CUDA graph is captured; pass "
-                "max_recv_tokens, or a handle");
-  }
 
   DispatchParams params{};
   params.group = group_;

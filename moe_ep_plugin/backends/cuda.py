@@ -150,6 +150,13 @@ class CudaBackend(HeapBackend):
         num_topk = handle.num_topk if handle is not None else request.topk_idx.shape[1]  # type: ignore[union-attr]
         layout = request.layout
         limit = request.max_recv_tokens
+        if handle is None and limit is None and torch.cuda.is_current_stream_capturing():
+            raise ConfigError.of(
+                "max_recv_tokens",
+                None,
+                "sizes can't come to the host while a CUDA graph is captured",
+                "pass max_recv_tokens, or a handle",
+            )
         inputs = (x, request.scale, request.topk_idx, request.topk_weights)
         run, home = self._streams(request, copied, inputs)
         state = handle.state if handle is not None else self._new_state(x.shape[0], num_topk, layout, run, home)

@@ -47,14 +47,14 @@ def curves(rows: list[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
 
 
 def draw(axes: Axes, rows: list[Row], axis: str, dim_ranks: int | None = None) -> None:
-    """One panel: times with the range over batches, floors dashed."""
+    """One panel: times with the range over all batches but the slowest, floors dashed."""
     for (work, ranks), line in curves(rows, lambda row: (row["work"], axis != "ranks" and row["ranks"])).items():
         line.sort(key=lambda row: row[axis])
         colour, marker, _ = style(work)
         alpha = 0.45 if dim_ranks is not None and ranks == dim_ranks else 1.0
         x = [row[axis] for row in line]
         below = [row["us"] - row["us_min"] for row in line]
-        above = [row["us_max"] - row["us"] for row in line]
+        above = [sorted(row["us_batches"])[-2:][0] - row["us"] for row in line]
         times = [row["us"] for row in line]
         axes.errorbar(x, times, yerr=(below, above), color=colour, marker=marker, ms=4, lw=1.4, capsize=2, alpha=alpha)
         axes.plot(x, [row["floor_us"] for row in line], color=colour, ls="--", lw=1, alpha=alpha)
