@@ -40,7 +40,7 @@ class RequestChecker:
 
     def check_dtype(self, name: str, dtype: torch.dtype) -> None:
         """Raise ConfigError unless rows of ``dtype`` are supported and fit the heap."""
-        if dtype in self._fitting_dtypes:
+        if isinstance(dtype, torch.dtype) and dtype in self._fitting_dtypes:
             return
         if dtype not in SUPPORTED_DTYPES:
             raise ConfigError.of(name, dtype, f"rows must be one of {SUPPORTED_DTYPES}", "cast the tensor")

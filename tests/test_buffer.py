@@ -132,6 +132,8 @@ def check_bad_combines(backend: str) -> None:
             assert "; " in text, text
         with pytest.raises(ConfigError, match="^dtype is torch.float32"):
             buffer.empty_rows(out.handle, torch.float32)
+        with pytest.raises(ConfigError, match="^dtype is \\[16\\]"):
+            buffer.empty_rows(out.handle, [16])
         with pytest.raises(ConfigError, match="another EpBuffer"):
             buffer.empty_rows(foreign)
         assert torch.equal(buffer.combine(rows, out.handle, topk_weights=w), x)

@@ -179,9 +179,10 @@ class Communicator {
 
   // Waits until the call with `ticket` has reported; throws what ended it, kNoRoom excepted, which returns false.
   bool await(std::uint64_t ticket, cudaStream_t stream);
+  // Whether all that the call with `ticket` has to say is there: with an outcome that ends it, nothing else is told.
+  bool has_told(std::uint64_t ticket) const;
   // Of the words behind the report, the values of the call that has been awaited.
   std::int64_t told(Word word, int further = 0) const;
-  bool has_told(int word, std::uint64_t ticket) const;
   int num_words() const { return static_cast<int>(Word::kFirstExpert) + num_local_experts_; }
   void while_waiting(std::uint64_t ticket, cudaStream_t stream, double waited_s);
   void throw_if_failed(bool fatal_only);

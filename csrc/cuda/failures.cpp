@@ -42,15 +42,7 @@ bool Communicator::await(std::uint64_t ticket, cudaStream_t stream) {
   } mark(awaiting_);
   auto next_check = Clock::now() + kIdlePeriod;
   auto began = Clock::now();
-  // The outcome first: with one that ends the call nothing else is told.
-  const auto is_counted = [&] {
-    const auto outcome = static_cast<Outcome>(told(Word::kOutcome));
-    return outcome == Outcome::kOk || outcome == Outcome::kNoRoom;
-  };
-  int word = static_cast<int>(Word::kOutcome);
-  for (unsigned spin = 1;; ++spin) {
-    while (word < num_words() && has_told(word, ticket)) word = is_counted() ? word + 1 : num_words();
-    if (word == num_words()) break;
+  for (unsigned spin = 1; !has_told(ticket); ++spin) {
     relax();
     if (spin % kSpinsBetweenClocks != 0) continue;
     throw_if_failed(true);
@@ -70,8 +62,15 @@ bool Communicator::await(std::uint64_t ticket, cudaStream_t stream) {
   return true;
 }
 
-bool Communicator::has_told(int word, std::uint64_t ticket) const {
-  return has_tag(load_acquire(reinterpret_cast<const std::uint64_t*>(report_ + 1) + word), ticket);
+bool Communicator::has_told(std::uint64_t ticket) const {
+  const auto* words = reinterpret_cast<const std::uint64_t*>(report_ + 1);
+  if (!has_tag(load_acquire(words + static_cast<int>(Word::kOutcome)), ticket)) return false;
+  const auto outcome = static_cast<Outcome>(told(Word::kOutcome));
+  if (outcome != Outcome::kOk && outcome != Outcome::kNoRoom) return true;
+  for (int word = 0; word < num_words(); ++word) {
+    if (!has_tag(load_acquire(words + word), ticket)) return false;
+  }
+  return true;
 }
 
 std::int64_t Communicator::told(Word word, int further) const {
@@ -84,7 +83,7 @@ void Communicator::while_waiting(std::uint64_t ticket, cudaStream_t stream, doub
   const cudaError_t state = cudaStreamQuery(stream);
   if (state != cudaErrorNotReady) {
     MOE_EP_CUDA_CHECK(state);
-    if (ticket != 0 && !has_told(static_cast<int>(Word::kOutcome), ticket)) {
+    if (ticket != 0 && !has_told(ticket)) {
       throw_if_failed(true);
       throw Error(ErrorKind::kDevice, "rank " + std::to_string(rank_) + ": a dispatch ended without a report");
     }

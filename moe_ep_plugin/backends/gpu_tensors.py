@@ -82,7 +82,7 @@ _DLPACK = {
 
 def _exchanges_fp8() -> bool:
     try:
-        torch.utils.dlpack.from_dlpack(torch.empty(1, dtype=FP8_DTYPE))
+        torch.utils.dlpack.from_dlpack(torch.empty(1, dtype=FP8_DTYPE, device="cpu"))
     except (RuntimeError, BufferError):
         return False
     return True

@@ -245,3 +245,34 @@ def test_too_many_sms_and_exact_sizes_in_a_capture_are_refused(make: Any, monkey
         with pytest.raises(ConfigError, match=r"max_recv_tokens.*captured.*pass max_recv_tokens, or a handle"):
             buffer.dispatch(x, idx)
         buffer.dispatch(x, idx, max_recv_tokens=4)
+
+
+def test_the_current_stream_is_made_an_object_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Stream] = []
+    raw = [0]
+
+    def current_stream(index: int) -> Stream:
+        assert index == 1
+        made.append(Stream())
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: raw[0], raising=False)
+    stream = gpu_tensors.CurrentStream(torch.device("cuda", 1))
+    first = stream()
+    assert stream() is first
+    raw[0] = 77
+    second = stream()
+    assert second is not first
+    raw[0] = 0
+    assert stream() is first
+    monkeypatch.delattr(torch._C, "_cuda_getCurrentRawStream")
+    plain = gpu_tensors.CurrentStream(torch.device("cuda", 1))
+    assert plain() is not plain(), "without torch's short cut it asks every time"
+    assert len(made) == 4
+
+
+def test_what_dlpack_can_carry_is_found_under_any_default_device() -> None:
+    expected = gpu_tensors._exchanges_fp8()
+    with torch.device("meta"):
+        assert gpu_tensors._exchanges_fp8() == expected
