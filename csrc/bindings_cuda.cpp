@@ -274,11 +274,10 @@ PYBIND11_MODULE(_cuda, module) {
                                std::int64_t topk) { return RoutingView::bytes(self.routing_shape(num_tokens, topk)); })
       .def(
           "tune",
-          [](Communicator& self, int send_warps, int send_stages, int chunk_bytes, int reduce_warps, int reduce_stages,
+          [](Communicator& self, int send_warps, int chunk_bytes, int reduce_warps, int reduce_stages,
              int reduce_chunk) {
             Pipeline send{};
             send.warps = send_warps;
-            send.stages = send_stages;
             send.chunk_bytes = chunk_bytes;
             Pipeline reduce{};
             reduce.warps = reduce_warps;
@@ -286,8 +285,8 @@ PYBIND11_MODULE(_cuda, module) {
             reduce.chunk_bytes = reduce_chunk;
             self.tune(send, reduce);
           },
-          py::kw_only(), py::arg("send_warps") = 0, py::arg("send_stages") = 0, py::arg("chunk_bytes") = 0,
-          py::arg("reduce_warps") = 0, py::arg("reduce_stages") = 0, py::arg("reduce_chunk") = 0);
+          py::kw_only(), py::arg("send_warps") = 0, py::arg("chunk_bytes") = 0, py::arg("reduce_warps") = 0,
+          py::arg("reduce_stages") = 0, py::arg("reduce_chunk") = 0);
   module.attr("routing_header_bytes") = sizeof(RoutingHeader);
   module.attr("fan_bytes") = sizeof(Entry);
   module.def("device_uuid", &device_uuid, py::arg("device"));

@@ -133,7 +133,6 @@ class Communicator:
         self,
         *,
         send_warps: int = 0,
-        send_stages: int = 0,
         chunk_bytes: int = 0,
         reduce_warps: int = 0,
         reduce_stages: int = 0,

@@ -63,7 +63,7 @@ bool Communicator::await(std::uint64_t ticket, cudaStream_t stream) {
 }
 
 bool Communicator::has_told(std::uint64_t ticket) const {
-  const auto* words = reinterpret_cast<const std::uint64_t*>(report_ + 1);
+  const std::uint64_t* words = words_of(report_);
   if (!has_tag(load_acquire(words + static_cast<int>(Word::kOutcome)), ticket)) return false;
   const auto outcome = static_cast<Outcome>(told(Word::kOutcome));
   if (outcome != Outcome::kOk && outcome != Outcome::kNoRoom) return true;
@@ -74,7 +74,7 @@ bool Communicator::has_told(std::uint64_t ticket) const {
 }
 
 std::int64_t Communicator::told(Word word, int further) const {
-  const auto* words = reinterpret_cast<const std::uint64_t*>(report_ + 1);
+  const std::uint64_t* words = words_of(report_);
   return static_cast<std::uint32_t>(load_acquire(words + static_cast<int>(word) + further));
 }
 

@@ -65,6 +65,9 @@ enum class Word : int {
   kFirstExpert,  // then received rows, no padding, of each local expert
 };
 
+MOE_EP_HOST_DEVICE inline std::uint64_t* words_of(Report* report) {
+  return reinterpret_cast<std::uint64_t*>(report + 1);
+}
 MOE_EP_HOST_DEVICE constexpr std::uint64_t tagged_word(std::uint64_t ticket, std::int64_t value) {
   return ticket << 32 | static_cast<std::uint32_t>(value);
 }
@@ -189,7 +192,7 @@ constexpr int kArraysBesideCounters = 4;
 // How a block's warps move rows: see send.cuh and reduce.cuh.
 struct Pipeline {
   std::int32_t warps;        // that move rows
-  std::int32_t stages;       // of each warp's ring
+  std::int32_t stages;       // of each warp's ring where rows are summed; send_stages() where they are sent
   std::int32_t chunk_bytes;  // of a source row, per stage
   std::int32_t use_bulk;     // bulk asynchronous copies (sm_90 and later, rows of whole 16 bytes); else vectors
   std::int32_t count_warps;  // that count routes: as many as shared memory has counters for

@@ -28,7 +28,7 @@ __device__ inline void write_outcome(ReportedOutcome& to, Outcome outcome, Opera
 
 // A word of the report of the call with `ticket`; see state.h.
 __device__ inline void tell(const Group& group, std::uint64_t ticket, int word, std::int64_t value) {
-  store_relaxed_system(reinterpret_cast<std::uint64_t*>(group.report + 1) + word, tagged_word(ticket, value));
+  store_relaxed_system(words_of(group.report) + word, tagged_word(ticket, value));
 }
 __device__ inline void tell(const Group& group, std::uint64_t ticket, Word word, std::int64_t value) {
   tell(group, ticket, static_cast<int>(word), value);

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ..errors import ConfigError
 
-# More SMs than this gain little: with 2 ranks on an H200, 24 of the 64 that each could have move a dispatch at 95 % of
-# their speed (docs/performance.md).
+# More SMs than this gain little: with 2 ranks on an H200, 24 of the 64 that each could have do a dispatch or a combine
+# at 89 % of their speed (docs/performance.md).
 _MOST_USEFUL_SMS = 24
 # NVLink over HBM, each way: 450 GB/s of 4.2 TB/s on an H200. PCIe makes two stages pay the more.
 LINK_SHARE = 0.107
