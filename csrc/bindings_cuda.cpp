@@ -49,23 +49,23 @@ struct DlManagedTensor {
 constexpr std::int32_t kDlCuda = 2;
 constexpr const char* kUnused = "dltensor";
 
-// Part of a lease, kept for as long as the tensor lives. Its end needs no Python.
+// Part of the heap, and what holds it for as long as the tensor lives. Its end needs no Python.
 struct LeasedTensor {
   DlManagedTensor managed;
   std::vector<std::int64_t> shape;
-  std::shared_ptr<Pool::Lease> lease;
+  std::shared_ptr<void> owner;
 };
 
 // `type`: DLPack's code and bits of an element.
-py::capsule dlpack_of(const std::shared_ptr<Pool::Lease>& lease, std::size_t offset, std::pair<int, int> type,
+py::capsule dlpack_of(std::shared_ptr<void> owner, std::uint8_t* data, int device, std::pair<int, int> type,
                       std::vector<std::int64_t> shape) {
   auto* leased = new LeasedTensor{};
   leased->shape = std::move(shape);
-  leased->lease = lease;
+  leased->owner = std::move(owner);
   DlTensor& tensor = leased->managed.tensor;
-  tensor.data = lease->data() + offset;
+  tensor.data = data;
   tensor.device_type = kDlCuda;
-  tensor.device_id = lease->device();
+  tensor.device_id = device;
   tensor.num_dimensions = static_cast<std::int32_t>(leased->shape.size());
   tensor.type_code = static_cast<std::uint8_t>(type.first);
   tensor.type_bits = static_cast<std::uint8_t>(type.second);
@@ -82,8 +82,12 @@ py::capsule dlpack_of(const std::shared_ptr<Pool::Lease>& lease, std::size_t off
 }
 
 std::shared_ptr<Pool> make_heap(int device, std::size_t num_ranks, std::size_t num_experts, std::size_t pool_bytes,
-                                std::size_t overflow_bytes) {
-  return std::make_shared<Pool>(device, HeapLayout::make(num_ranks, num_experts, pool_bytes, overflow_bytes));
+                                std::size_t overflow_bytes, std::size_t low_receive_bytes, std::size_t low_rows_bytes) {
+  const auto low_at = [&](std::size_t base) {
+    return LowLayout::make(base, num_ranks, num_experts, low_receive_bytes, low_rows_bytes);
+  };
+  const HeapLayout layout = HeapLayout::make(num_ranks, num_experts, pool_bytes, overflow_bytes, low_at(0).end());
+  return std::make_shared<Pool>(device, layout, low_at(layout.low()));
 }
 
 py::bytes ipc_handle(const Pool& heap) {
@@ -94,7 +98,8 @@ py::bytes ipc_handle(const Pool& heap) {
 std::unique_ptr<Communicator> connect(std::shared_ptr<Pool> heap, int rank,
                                       const std::vector<std::pair<std::int64_t, py::bytes>>& peers,
                                       std::vector<std::int32_t> expert_to_rank, std::int64_t alignment, bool two_stage,
-                                      std::int64_t max_tokens, double timeout_s, int default_sms, int ranks_on_device) {
+                                      std::int64_t max_tokens, double timeout_s, int default_sms, int ranks_on_device,
+                                      std::int64_t low_tokens, int low_layout, bool mask_on_timeout) {
   std::vector<PeerAddress> addresses;
   for (const auto& [pid, handle] : peers) {
     PeerAddress address{pid, {}};
@@ -107,8 +112,16 @@ std::unique_ptr<Communicator> connect(std::shared_ptr<Pool> heap, int rank,
     }
     addresses.push_back(address);
   }
-  CommunicatorOptions options{
-      std::move(expert_to_rank), alignment, two_stage, max_tokens, timeout_s, default_sms, ranks_on_device};
+  CommunicatorOptions options{std::move(expert_to_rank),
+                              alignment,
+                              two_stage,
+                              max_tokens,
+                              timeout_s,
+                              default_sms,
+                              ranks_on_device,
+                              low_tokens,
+                              static_cast<RowLayout>(low_layout),
+                              mask_on_timeout};
   return std::make_unique<Communicator>(std::move(heap), rank, addresses, std::move(options), check_python_signals);
 }
 
@@ -176,6 +189,56 @@ CombineResult combine(Communicator& self, std::uintptr_t rows, int element, std:
   return self.combine(arguments);
 }
 
+void low_dispatch(Communicator& self, std::uintptr_t x, int element, std::optional<std::uintptr_t> scales,
+                  std::int64_t num_tokens, std::int32_t hidden, std::uintptr_t topk_idx, std::int64_t topk,
+                  std::optional<std::uintptr_t> weights, bool quantize, bool power_of_two,
+                  std::uintptr_t routing_memory, int index, bool receives, int num_sms, std::uintptr_t stream) {
+  LowDispatchArguments arguments{};
+  arguments.source = RowSource{pointer<const std::uint8_t>(x),
+                               pointer<const float>(scales.value_or(0)),
+                               pointer<const float>(weights.value_or(0)),
+                               hidden,
+                               static_cast<Element>(element),
+                               quantize,
+                               power_of_two};
+  arguments.num_tokens = num_tokens;
+  arguments.has_scales = scales.has_value();
+  arguments.has_weights = weights.has_value();
+  arguments.topk_idx = pointer<const std::int64_t>(topk_idx);
+  arguments.topk = topk;
+  arguments.routing_memory = pointer<void>(routing_memory);
+  arguments.index = index;
+  arguments.num_sms = num_sms;
+  arguments.receives = receives;
+  arguments.stream = stream_of(stream);
+  self.low_dispatch(arguments);
+}
+
+bool low_combine(Communicator& self, std::uintptr_t rows, int element, std::int64_t num_tokens, std::int32_t hidden,
+                 std::uintptr_t topk_idx, std::int64_t topk, std::optional<std::uintptr_t> weights, bool quantize,
+                 bool power_of_two, std::uintptr_t routing_memory, int index, std::uintptr_t out, std::uintptr_t lost,
+                 bool sends, bool receives, int num_sms, std::uintptr_t stream) {
+  LowCombineArguments arguments{};
+  arguments.rows = pointer<const std::uint8_t>(rows);
+  arguments.element = static_cast<Element>(element);
+  arguments.hidden = hidden;
+  arguments.num_tokens = num_tokens;
+  arguments.topk_idx = pointer<const std::int64_t>(topk_idx);
+  arguments.topk = topk;
+  arguments.has_weights = weights.has_value();
+  arguments.weights = pointer<const float>(weights.value_or(0));
+  arguments.routing_memory = pointer<void>(routing_memory);
+  arguments.index = index;
+  arguments.quantize = quantize;
+  arguments.power_of_two = power_of_two;
+  arguments.out = pointer<std::uint8_t>(out);
+  arguments.lost = pointer<float>(lost);
+  arguments.num_sms = num_sms;
+  arguments.halves = sends && receives ? kLowBoth : sends ? kLowSend : kLowReceive;
+  arguments.stream = stream_of(stream);
+  return self.low_combine(arguments);
+}
+
 using Offsets = std::tuple<std::size_t, std::size_t, std::size_t, std::size_t, std::size_t>;
 
 Offsets offsets_of(const ReceiveBlock& block) {
@@ -210,15 +273,32 @@ PYBIND11_MODULE(_cuda, module) {
   py::register_exception_translator(translate_error);
 
   py::class_<Pool::Lease, std::shared_ptr<Pool::Lease>>(module, "Block")
-      .def("dlpack", &dlpack_of, py::arg("offset"), py::arg("type"), py::arg("shape"))
+      .def(
+          "dlpack",
+          [](const std::shared_ptr<Pool::Lease>& lease, std::size_t offset, std::pair<int, int> type,
+             std::vector<std::int64_t> shape) {
+            return dlpack_of(lease, lease->data() + offset, lease->device(), type, std::move(shape));
+          },
+          py::arg("offset"), py::arg("type"), py::arg("shape"))
       .def_property_readonly("device", &Pool::Lease::device)
       .def_property_readonly("data",
                              [](const Pool::Lease& lease) { return reinterpret_cast<std::uintptr_t>(lease.data()); });
   py::class_<Pool, std::shared_ptr<Pool>>(module, "Heap")
       .def(py::init(&make_heap), py::kw_only(), py::arg("device"), py::arg("num_ranks"), py::arg("num_experts"),
-           py::arg("pool_bytes"), py::arg("overflow_bytes"))
+           py::arg("pool_bytes"), py::arg("overflow_bytes"), py::arg("low_receive_bytes"), py::arg("low_rows_bytes"))
       .def("ipc_handle", &ipc_handle)
-      .def("leased_bytes", &Pool::leased_bytes);
+      .def("leased_bytes", &Pool::leased_bytes)
+      .def("bytes", [](const Pool& self) { return self.layout().total_bytes(); });
+  py::class_<LowBlock>(module, "LowBlock")
+      .def_property_readonly("device", [](const LowBlock& self) { return self.hold->pool->device(); })
+      .def_property_readonly("offsets", [](const LowBlock& self) { return offsets_of(self.offsets); })
+      .def_property_readonly("rows", [](const LowBlock& self) { return self.rows - self.receive; })
+      .def(
+          "dlpack",
+          [](const LowBlock& self, std::ptrdiff_t offset, std::pair<int, int> type, std::vector<std::int64_t> shape) {
+            return dlpack_of(self.hold, self.receive + offset, self.hold->pool->device(), type, std::move(shape));
+          },
+          py::arg("offset"), py::arg("type"), py::arg("shape"));
   py::class_<Routing, std::shared_ptr<Routing>>(module, "Routing")
       .def_readonly("num_rows", &Routing::num_rows)
       .def_readonly("num_received", &Routing::num_received)
@@ -246,7 +326,8 @@ PYBIND11_MODULE(_cuda, module) {
   py::class_<Communicator>(module, "Communicator")
       .def(py::init(&connect), py::arg("heap"), py::kw_only(), py::arg("rank"), py::arg("peers"),
            py::arg("expert_to_rank"), py::arg("alignment"), py::arg("two_stage"), py::arg("max_tokens"),
-           py::arg("timeout_s"), py::arg("default_sms"), py::arg("ranks_on_device"))
+           py::arg("timeout_s"), py::arg("default_sms"), py::arg("ranks_on_device"), py::arg("low_tokens"),
+           py::arg("low_layout"), py::arg("mask_on_timeout"))
       .def("dispatch", &gpu::dispatch, py::kw_only(), py::arg("x"), py::arg("element"), py::arg("scales"),
            py::arg("num_tokens"), py::arg("hidden"), py::arg("topk_idx"), py::arg("topk"), py::arg("weights"),
            py::arg("layout"), py::arg("max_recv_rows"), py::arg("quantize"), py::arg("power_of_two"),
@@ -268,6 +349,41 @@ PYBIND11_MODULE(_cuda, module) {
            [](Communicator& self, std::uintptr_t to, std::uintptr_t from, std::size_t bytes, std::uintptr_t stream) {
              self.copy(pointer<void>(to), pointer<const void>(from), bytes, stream_of(stream));
            })
+      .def("low_dispatch", &gpu::low_dispatch, py::kw_only(), py::arg("x"), py::arg("element"), py::arg("scales"),
+           py::arg("num_tokens"), py::arg("hidden"), py::arg("topk_idx"), py::arg("topk"), py::arg("weights"),
+           py::arg("quantize"), py::arg("power_of_two"), py::arg("routing_memory"), py::arg("index"),
+           py::arg("receives"), py::arg("num_sms"), py::arg("stream"))
+      .def(
+          "low_receive",
+          [](Communicator& self, std::uintptr_t routing_memory, std::int64_t num_tokens, std::int64_t topk, int index,
+             std::uintptr_t stream) {
+            self.low_receive(pointer<void>(routing_memory), num_tokens, topk, index, stream_of(stream));
+          },
+          py::kw_only(), py::arg("routing_memory"), py::arg("num_tokens"), py::arg("topk"), py::arg("index"),
+          py::arg("stream"))
+      .def("low_combine", &gpu::low_combine, py::kw_only(), py::arg("rows"), py::arg("element"), py::arg("num_tokens"),
+           py::arg("hidden"), py::arg("topk_idx"), py::arg("topk"), py::arg("weights"), py::arg("quantize"),
+           py::arg("power_of_two"), py::arg("routing_memory"), py::arg("index"), py::arg("out"), py::arg("lost"),
+           py::arg("sends"), py::arg("receives"), py::arg("num_sms"), py::arg("stream"))
+      .def(
+          "low_block",
+          [](Communicator& self, int index, std::uint32_t row, std::uint32_t scale, std::uint32_t weight,
+             std::uint32_t index_bytes, std::uintptr_t stream) {
+            return self.low_block(index, RowSizes{row, scale, weight, index_bytes}, stream_of(stream));
+          },
+          py::arg("index"), py::kw_only(), py::arg("row_bytes"), py::arg("scale_bytes"), py::arg("weight_bytes"),
+          py::arg("index_bytes"), py::arg("stream"))
+      .def("low_rows_address",
+           [](Communicator& self, int index) { return reinterpret_cast<std::uintptr_t>(self.low_rows(index)); })
+      .def("low_held", &Communicator::low_held, py::arg("index"))
+      .def(
+          "low_mask",
+          [](Communicator& self, const std::vector<int>& ranks, std::uintptr_t stream) {
+            self.low_mask(ranks, stream_of(stream));
+          },
+          py::arg("ranks"), py::kw_only(), py::arg("stream"))
+      .def("low_masked", &Communicator::low_masked, py::call_guard<py::gil_scoped_release>())
+      .def("low_routing_bytes", &Communicator::low_routing_bytes, py::arg("num_tokens"), py::arg("topk"))
       .def("check", &Communicator::check, py::call_guard<py::gil_scoped_release>())
       .def("depart", &Communicator::depart, py::call_guard<py::gil_scoped_release>())
       .def("routing_bytes", [](const Communicator& self, std::int64_t num_tokens,

@@ -17,8 +17,9 @@ from .errors import (
     PeerTimeout,
     StateError,
 )
-from .handle import DispatchHandle
-from .types import CombineOutput, DispatchOutput
+from .handle import DispatchHandle, LowLatencyHandle
+from .low_latency import Pending
+from .types import CombineOutput, DispatchOutput, LowLatencyCombineOutput, LowLatencyDispatchOutput
 
 __version__ = "0.1.0"
 
@@ -32,9 +33,13 @@ __all__ = [
     "EpBuffer",
     "EpConfig",
     "EpError",
+    "LowLatencyCombineOutput",
+    "LowLatencyDispatchOutput",
+    "LowLatencyHandle",
     "PeerLost",
     "PeerMismatch",
     "PeerTimeout",
+    "Pending",
     "StateError",
     "TokenDispatcher",
     "__version__",

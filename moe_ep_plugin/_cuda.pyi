@@ -25,9 +25,24 @@ class Heap:
         num_experts: int,
         pool_bytes: int,
         overflow_bytes: int,
+        low_receive_bytes: int,
+        low_rows_bytes: int,
     ) -> None: ...
     def ipc_handle(self) -> bytes: ...
     def leased_bytes(self) -> int: ...
+    def bytes(self) -> int: ...
+
+class LowBlock:
+    """One of the two sets of low-latency buffers, held while any tensor over it lives."""
+
+    @property
+    def device(self) -> int: ...
+    @property
+    def offsets(self) -> _Offsets: ...
+    @property
+    def rows(self) -> int:
+        """Where the buffer of rows begins, from where offsets are counted."""
+    def dlpack(self, offset: int, type: tuple[int, int], shape: tuple[int, ...]) -> Any: ...
 
 class Routing:
     @property
@@ -74,6 +89,9 @@ class Communicator:
         timeout_s: float,
         default_sms: int,
         ranks_on_device: int,
+        low_tokens: int,
+        low_layout: int,
+        mask_on_timeout: bool,
     ) -> None: ...
     def dispatch(
         self,
@@ -126,6 +144,55 @@ class Communicator:
     ) -> CombineResult: ...
     def lease(self, bytes: int, *, stream: int, home: int) -> Block | None: ...
     def copy(self, to: int, source: int, bytes: int, stream: int) -> None: ...
+    def low_dispatch(
+        self,
+        *,
+        x: int,
+        element: int,
+        scales: int | None,
+        num_tokens: int,
+        hidden: int,
+        topk_idx: int,
+        topk: int,
+        weights: int | None,
+        quantize: bool,
+        power_of_two: bool,
+        routing_memory: int,
+        index: int,
+        receives: bool,
+        num_sms: int,
+        stream: int,
+    ) -> None: ...
+    def low_receive(self, *, routing_memory: int, num_tokens: int, topk: int, index: int, stream: int) -> None: ...
+    def low_combine(
+        self,
+        *,
+        rows: int,
+        element: int,
+        num_tokens: int,
+        hidden: int,
+        topk_idx: int,
+        topk: int,
+        weights: int | None,
+        quantize: bool,
+        power_of_two: bool,
+        routing_memory: int,
+        index: int,
+        out: int,
+        lost: int,
+        sends: bool,
+        receives: bool,
+        num_sms: int,
+        stream: int,
+    ) -> bool: ...
+    def low_block(
+        self, index: int, *, row_bytes: int, scale_bytes: int, weight_bytes: int, index_bytes: int, stream: int
+    ) -> LowBlock: ...
+    def low_rows_address(self, index: int) -> int: ...
+    def low_held(self, index: int) -> bool: ...
+    def low_mask(self, ranks: list[int], *, stream: int) -> None: ...
+    def low_masked(self) -> list[int]: ...
+    def low_routing_bytes(self, num_tokens: int, topk: int) -> int: ...
     def check(self) -> None: ...
     def depart(self, state: int, text: str) -> None: ...
     def routing_bytes(self, num_tokens: int, topk: int) -> int: ...

@@ -1,5 +1,7 @@
 """The compiled host part (csrc/bindings_host.cpp). Tensors cross as addresses."""
 
+from collections.abc import Sequence
+
 _Address = tuple[int, int, int, int, int]
 
 class Block:
@@ -9,7 +11,15 @@ class Block:
 
 class Heap:
     def __init__(
-        self, *, directory: str, num_ranks: int, num_experts: int, pool_bytes: int, overflow_bytes: int
+        self,
+        *,
+        directory: str,
+        num_ranks: int,
+        num_experts: int,
+        pool_bytes: int,
+        overflow_bytes: int,
+        low_receive_bytes: int = 0,
+        low_rows_bytes: int = 0,
     ) -> None: ...
     def address(self) -> _Address: ...
     def leased_bytes(self) -> int: ...
@@ -44,6 +54,22 @@ class CombineResult:
     @property
     def bytes_to_peers(self) -> int: ...
 
+class LowLatencyRouting:
+    @property
+    def bytes_to_peers(self) -> int: ...
+    @property
+    def scales_offset(self) -> int: ...
+    @property
+    def weights_offset(self) -> int: ...
+    @property
+    def indices_offset(self) -> int: ...
+
+class LowLatencyCombine:
+    @property
+    def staged(self) -> bool: ...
+    @property
+    def bytes_to_peers(self) -> int: ...
+
 class Communicator:
     def __init__(
         self,
@@ -56,6 +82,9 @@ class Communicator:
         two_stage: bool,
         num_threads: int,
         timeout_s: float,
+        low_tokens: int = 0,
+        low_layout: int = 0,
+        mask_on_timeout: bool = False,
     ) -> None: ...
     def dispatch(
         self,
@@ -86,8 +115,50 @@ class Communicator:
         out: int,
         values_out: int,
     ) -> CombineResult: ...
+    def send_low_latency_dispatch(
+        self,
+        *,
+        x: int,
+        element: int,
+        scales: int | None,
+        num_tokens: int,
+        hidden: int,
+        topk_idx: int,
+        topk: int,
+        weights: int | None,
+        quantize: bool,
+        power_of_two: bool,
+        index: int,
+    ) -> LowLatencyRouting: ...
+    def receive_low_latency_dispatch(self, routing: LowLatencyRouting) -> tuple[Block, Block]: ...
+    def send_low_latency_combine(
+        self,
+        *,
+        rows: int,
+        element: int,
+        hidden: int,
+        routing: LowLatencyRouting,
+        topk_idx: int,
+        weights: int | None,
+        quantize: bool,
+        power_of_two: bool,
+        out: int,
+        lost_weights: int,
+    ) -> LowLatencyCombine: ...
+    def receive_low_latency_combine(self, combine: LowLatencyCombine) -> None: ...
+    def low_latency_rows(self, index: int) -> Block: ...
+    def low_latency_held(self, index: int) -> bool: ...
+    def mask_ranks(self, ranks: Sequence[int]) -> None: ...
+    def masked_ranks(self) -> list[int]: ...
     def lease(self, bytes: int) -> Block | None: ...
     def depart(self, state: int, text: str) -> None: ...
 
-def heap_bytes(num_ranks: int, num_experts: int, pool_bytes: int, overflow_bytes: int) -> tuple[int, int]: ...
+def heap_bytes(
+    num_ranks: int,
+    num_experts: int,
+    pool_bytes: int,
+    overflow_bytes: int,
+    low_receive_bytes: int = 0,
+    low_rows_bytes: int = 0,
+) -> tuple[int, int]: ...
 def kernel_variant() -> str: ...

@@ -17,10 +17,19 @@ from .backends.select import make_backend
 from .bootstrap import check_agreement, exchange, group_rank_and_size
 from .config import EpConfig
 from .errors import CapacityError, ConfigError, StateError
-from .handle import DispatchHandle
+from .handle import DispatchHandle, LowLatencyHandle
+from .low_latency import LowLatency, Pending
 from .requests import RequestChecker
 from .routing import ExpertPlacement
-from .types import CombineOutput, DispatchOutput, Event, Layout, Wire
+from .types import (
+    CombineOutput,
+    DispatchOutput,
+    Event,
+    Layout,
+    LowLatencyCombineOutput,
+    LowLatencyDispatchOutput,
+    Wire,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -70,6 +79,15 @@ class EpBuffer:
             stats=self.stats,
         )
         self._backend = make_backend(context)
+        self._low_latency = LowLatency(
+            config,
+            self._id,
+            num_local_experts=self.num_local_experts,
+            num_ranks=self.num_ranks,
+            backend=self._backend,
+            operation=self._operation,
+            collective=lambda: _Collective(self),
+        )
         self._finalizer = weakref.finalize(self, self._backend.close)
         if self.rank == 0:
             logger.info("moe_ep_plugin: %d ranks use backend %r", self.num_ranks, self._backend.name)
@@ -256,17 +274,126 @@ class EpBuffer:
             self.stats.combine_seconds += time.perf_counter() - started
             return out
 
-    def empty_rows(self, handle: DispatchHandle, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Uninitialised [handle.num_rows, hidden] that :meth:`combine` reads without a copy.
+    def empty_rows(self, handle: DispatchHandle | LowLatencyHandle, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Uninitialised rows for a combine of ``handle``, which reads them without a copy.
 
         Let the last expert layer write its output here. Not collective. ``dtype`` defaults to
         ``config.dtype``. Falls back to ordinary memory when the pool is used up.
+
+        Returns:
+            [handle.num_rows, hidden]. Of a low-latency handle, the shape of ``x`` of its dispatch; each call
+            returns the same memory.
         """
         self._check_open("empty_rows")
-        self._check.check_handle(handle)
         dtype = self.config.dtype if dtype is None else dtype
         self._check.check_dtype("dtype", dtype)
+        if isinstance(handle, LowLatencyHandle):
+            return self._low_latency.rows(handle, dtype)
+        self._check.check_handle(handle)
         return self._backend.empty_rows(handle, dtype)
+
+    def low_latency_dispatch(
+        self,
+        x: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        wire: Wire | None = None,
+        num_sms: int | None = None,
+        async_op: bool = False,
+    ) -> Pending[LowLatencyDispatchOutput]:
+        """Send a few tokens' rows to fixed slots at the ranks of their experts: for decoding.
+
+        Collective. The host waits for nothing, no size depends on the routing, and a CUDA graph can capture the
+        call; ranks may have different numbers of tokens, and none. Results lie in one of two buffers that dispatches
+        use in turn: those of a dispatch must be dropped, and its combine waited for, before the second dispatch
+        after it. After DeepEP's low-latency mode, with slots that are packed and in a fixed order.
+
+        Args:
+            x: As in :meth:`dispatch`; at most ``config.low_latency_tokens_per_rank`` tokens.
+            topk_idx: As in :meth:`dispatch`.
+            topk_weights: fp32 [num_tokens, num_topk], carried to the experts' side; layout ``"rank"`` only. In layout
+                ``"expert"`` the weights are for :meth:`low_latency_combine`.
+            wire: Overrides ``config.wire``, which must not need less room.
+            num_sms: Overrides ``config.num_sms`` for this call; backend ``"cuda"`` only.
+            async_op: On GPUs, send only: ``wait()`` of what is returned launches the receive half, in the order of
+                its current stream, and between the two nothing runs. Without it both are one launch.
+
+        Returns:
+            A pending operation; its ``wait()`` returns the :class:`LowLatencyDispatchOutput`.
+
+        Raises:
+            ConfigError: An argument is unfit, or the buffer was made without low-latency mode; nothing was sent. An
+                id out of range is told like CapacityError.
+            CapacityError: Experts that appear twice in a token's row had more rows than there are slots. On GPUs it
+                is raised by :meth:`check`; every rank's rows of that step are dropped.
+            StateError: A result of the dispatch before the last is still held or not waited for; or as
+                :meth:`dispatch`.
+            PeerTimeout, PeerLost, PeerMismatch: A peer failed; on GPUs raised by a later call. The buffer can only be
+                closed then. With ``config.mask_on_timeout`` see :meth:`mask_ranks`.
+        """
+        return self._low_latency.dispatch(x, topk_idx, topk_weights, wire=wire, num_sms=num_sms, async_op=async_op)
+
+    def low_latency_combine(
+        self,
+        rows: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        handle: LowLatencyHandle,
+        *,
+        out: torch.Tensor | None = None,
+        zero_copy: bool = False,
+        wire: Wire = "bf16",
+        num_sms: int | None = None,
+        async_op: bool = False,
+    ) -> Pending[LowLatencyCombineOutput]:
+        """Bring rows back and sum each token's, weighted, in fp32 and in one fixed order: for decoding.
+
+        Args:
+            rows: The experts' results, of the shape of the dispatch's ``x``; rows that carry no token are ignored.
+                Those of :meth:`empty_rows` are read in place, others cost one copy; they may be written again once
+                ``wait()`` has run.
+            topk_idx: int64 [num_tokens, num_topk], as dispatched; routes whose id is -1 here are left out.
+            topk_weights: fp32 [num_tokens, num_topk] factors, None for a plain sum. Layout ``"rank"`` takes none: its
+                rows are sums over a rank's experts already.
+            handle: The dispatch to reverse.
+            out: [num_tokens, hidden] to write the sums to. None: new memory.
+            zero_copy: Refuse rows that would have to be copied.
+            wire: ``"bf16"``: rows cross as they are. ``"fp8"``: e4m3 in blocks of 128, half the bytes.
+            num_sms, async_op: As in :meth:`low_latency_dispatch`.
+
+        Returns:
+            A pending operation; its ``wait()`` returns the :class:`LowLatencyCombineOutput`.
+
+        Raises:
+            As :meth:`low_latency_dispatch`; StateError where a later dispatch uses the handle's buffer already.
+        """
+        return self._low_latency.combine(
+            rows,
+            topk_idx,
+            topk_weights,
+            handle,
+            out=out,
+            zero_copy=zero_copy,
+            wire=wire,
+            num_sms=num_sms,
+            async_op=async_op,
+        )
+
+    def mask_ranks(self, *ranks: int) -> None:
+        """Leave ranks out of the low-latency operations that follow: nothing is sent to them or awaited of them.
+
+        What their experts would have added is missing from the sums; :class:`LowLatencyCombineOutput` tells how much.
+        All other ranks should make the same call: one that has not gives one dispatch up, together with all others,
+        to take the mask over (its rows are dropped and ``lost_weights`` tells). With ``config.mask_on_timeout`` ranks
+        that do not do their part in time are masked by themselves, after a step that is given up in the same way.
+        A masked rank stays masked, and can only close its buffer. Backend ``"collective"`` has no masks.
+        """
+        self._low_latency.mask_ranks(ranks)
+
+    def masked_ranks(self) -> tuple[int, ...]:
+        """Ranks that are left out, ascending. Waits for this rank's operations under way."""
+        return self._low_latency.masked_ranks()
 
     def check(self) -> None:
         """Wait for this rank's operations under way and raise what they ran into.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, get_args
 import torch
 
 from .errors import ConfigError
-from .types import BackendName, Expand, Wire
+from .types import BackendName, Expand, Layout, Wire
 
 if TYPE_CHECKING:
     from .memory import MemoryPlan
@@ -18,6 +18,8 @@ SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_TOPK = 32
 ROW_ALIGNMENT_BYTES = 16
 MAX_TIMEOUT_S = 1_000_000
+MAX_LOW_LATENCY_ROUTES = 8192
+"""Tokens times top-k of one low-latency dispatch: every block of a kernel looks at all of them."""
 
 
 def _require(ok: bool, argument: str, value: object, limit: str, remedy: str) -> None:
@@ -58,6 +60,13 @@ class EpConfig:
         pool_bytes: Most bytes of the heap for leased rows; on GPUs they are taken when the buffer is made. None: see
             :meth:`memory_plan`. When it is used up, received rows are copied out of the heap instead, and that is
             counted and logged.
+        low_latency_tokens_per_rank: Most tokens that a rank passes to one low-latency dispatch; the fixed slots of
+            that mode are reserved when the buffer is made, see :meth:`memory_plan`. None: no low-latency mode.
+            This times ``num_topk`` is at most 8192: more is what :meth:`EpBuffer.dispatch` is for.
+        low_latency_layout: What a low-latency dispatch returns: ``"expert"``, rows by local expert, or ``"rank"``,
+            one row per (source rank, token), which needs less memory. ``wire`` sizes its receive buffers.
+        mask_on_timeout: In low-latency mode, go on without a rank that does not do its part within ``timeout_s``
+            instead of raising PeerTimeout; see :meth:`EpBuffer.mask_ranks`.
         shm_dir: Directory of a tmpfs that the host backend takes memory from.
         timeout_s: Longest wait for a peer, in seconds.
     """
@@ -77,6 +86,9 @@ class EpConfig:
     num_sms: int | None = None
     host_threads: int | None = None
     pool_bytes: int | None = None
+    low_latency_tokens_per_rank: int | None = None
+    low_latency_layout: Layout = "expert"
+    mask_on_timeout: bool = False
     shm_dir: str = "/dev/shm"
     timeout_s: float = 100.0
 
@@ -87,22 +99,42 @@ class EpConfig:
             _require(
                 whole and value >= 1, name, repr(value), "it must be a whole number of at least 1", f"set {name} >= 1"
             )
-        for name in ("num_sms", "host_threads", "pool_bytes"):
+        for name in ("num_sms", "host_threads", "pool_bytes", "low_latency_tokens_per_rank"):
             value = getattr(self, name)
             _require(
                 value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1),
                 name,
                 repr(value),
                 "it must be None or a whole number of at least 1",
-                f"leave {name} out to have it chosen",
+                f"leave {name} out",
             )
-        for name, kind in (("backend", BackendName), ("wire", Wire), ("expand", Expand)):
+        for name, kind in (
+            ("backend", BackendName),
+            ("wire", Wire),
+            ("expand", Expand),
+            ("low_latency_layout", Layout),
+        ):
             value = getattr(self, name)
             _require(
                 value in get_args(kind), name, repr(value), f"it must be one of {get_args(kind)}", "choose one of these"
             )
         _require(
             self.num_topk <= MAX_TOPK, "num_topk", self.num_topk, f"at most {MAX_TOPK} are supported", "lower num_topk"
+        )
+        tokens = self.low_latency_tokens_per_rank
+        _require(
+            tokens is None or tokens * self.num_topk <= MAX_LOW_LATENCY_ROUTES,
+            "low_latency_tokens_per_rank",
+            tokens,
+            f"times num_topk ({self.num_topk}) it may be at most {MAX_LOW_LATENCY_ROUTES}",
+            "use EpBuffer.dispatch for so many tokens",
+        )
+        _require(
+            isinstance(self.mask_on_timeout, bool),
+            "mask_on_timeout",
+            repr(self.mask_on_timeout),
+            "it must be True or False",
+            "choose one",
         )
         _require(
             self.dtype in SUPPORTED_DTYPES,

@@ -39,3 +39,31 @@ class DispatchHandle:
     max_recv_tokens: int | None
     buffer_id: int
     state: Any = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class LowLatencyHandle:
+    """Routing state of one low-latency dispatch; good until the second dispatch after it.
+
+    Attributes:
+        layout: ``EpConfig.low_latency_layout``.
+        num_tokens: Tokens that this rank sent.
+        num_topk: Columns of the ``topk_idx`` that was dispatched.
+        capacity: Rows of each group that was received.
+        sequence: How many low-latency dispatches the buffer had begun, this one included.
+        buffer_id: Identifies the buffer that made the handle; another buffer refuses it.
+        state: The backend's own routing tables.
+    """
+
+    layout: Layout
+    num_tokens: int
+    num_topk: int
+    capacity: int
+    sequence: int
+    buffer_id: int
+    state: Any = field(repr=False)
+
+    @property
+    def index(self) -> int:
+        """Which of the two buffers the rows are in."""
+        return self.sequence % 2

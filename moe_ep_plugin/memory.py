@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .config import EpConfig
 from .routing import ExpertPlacement
+from .types import Layout
 from .wire import num_scales
 
 _CACHE_LINE = 64
@@ -24,8 +25,31 @@ def _align(value: int, alignment: int) -> int:
 
 
 @dataclass(frozen=True)
+class LowLatencyPlan:
+    """Bytes of one rank's fixed slots for low-latency mode, in one layout.
+
+    Attributes:
+        capacity: Rows that one group has room for: every token of every rank.
+        slots: Rows of a receive buffer: ``capacity`` for each of the most local experts that a rank has (layout
+            ``"expert"``), or once (``"rank"``).
+        receive: One of the two buffers that dispatches fill.
+        rows: One of the two buffers that combines read, where experts may write their results.
+    """
+
+    capacity: int
+    slots: int
+    receive: int
+    rows: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all four buffers."""
+        return 2 * (self.receive + self.rows)
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of one rank's heap.
+    """Bytes of one rank's heap; ``print`` it for a table.
 
     Attributes:
         largest_block: The most that one dispatch can receive: every rank sends all its tokens here.
@@ -33,16 +57,34 @@ class MemoryPlan:
             times what a dispatch is expected to receive.
         overflow: Kept aside for a dispatch that finds the pool used up; its rows are then copied out. On the
             host for the largest block; on GPUs, where it is taken at once, for twice a balanced one.
+        low_latency: The fixed slots that are reserved, or None without low-latency mode.
+        low_latency_layouts: What the slots take in each layout, whichever is configured.
     """
 
     largest_block: int
     pool: int
     overflow: int
+    low_latency: LowLatencyPlan | None = None
+    low_latency_layouts: dict[str, LowLatencyPlan] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
-        """Bytes reserved for rows: address space on the host, where memory is taken as it is used; memory on GPUs."""
-        return self.pool + self.overflow
+        """Bytes reserved for rows.
+
+        Memory on GPUs. On the host, address space, of which the low-latency slots are taken at once and the rest as
+        it is used.
+        """
+        return self.pool + self.overflow + (self.low_latency.total if self.low_latency else 0)
+
+    def __str__(self) -> str:
+        """A line for each purpose."""
+        lines = [("largest block", self.largest_block), ("pool", self.pool), ("overflow", self.overflow)]
+        for layout, low in self.low_latency_layouts.items():
+            kept = "reserved" if low == self.low_latency else "not reserved"
+            lines.append((f"low latency, layout {layout!r}: 2 receive buffers ({kept})", 2 * low.receive))
+            lines.append((f"low latency, layout {layout!r}: 2 buffers of rows ({kept})", 2 * low.rows))
+        lines.append(("total", self.total))
+        return "\n".join(f"{bytes_ / 2**20:12.1f} MiB  {purpose}" for purpose, bytes_ in lines)
 
 
 def plan(config: EpConfig, num_ranks: int) -> MemoryPlan:
@@ -69,4 +111,34 @@ def plan(config: EpConfig, num_ranks: int) -> MemoryPlan:
     else:
         default_pool, overflow = _DEFAULT_POOL_BLOCKS * largest, largest
     pool = config.pool_bytes if config.pool_bytes is not None else max(default_pool, _SMALLEST_POOL)
-    return MemoryPlan(largest_block=largest, pool=_align(pool, _PAGE), overflow=overflow)
+    layouts = low_latency_plans(config, num_ranks, most_local_experts)
+    return MemoryPlan(
+        largest_block=largest,
+        pool=_align(pool, _PAGE),
+        overflow=overflow,
+        low_latency=layouts.get(config.low_latency_layout),
+        low_latency_layouts=layouts,
+    )
+
+
+def low_latency_plans(config: EpConfig, num_ranks: int, most_local_experts: int) -> dict[str, LowLatencyPlan]:
+    """The low-latency slots in both layouts; empty without that mode."""
+    if config.low_latency_tokens_per_rank is None:
+        return {}
+    capacity = num_ranks * config.low_latency_tokens_per_rank
+    row = config.hidden * config.dtype.itemsize
+    scales = 4 * num_scales(config.hidden)
+    received = config.hidden + scales if config.wire == "fp8" else row
+
+    def of(layout: Layout) -> LowLatencyPlan:
+        slots = capacity * most_local_experts if layout == "expert" else capacity
+        side = 0 if layout == "expert" else (4 + 8) * config.num_topk
+        # A combine on the FP8 wire has rows and scales in place of rows.
+        return LowLatencyPlan(
+            capacity=capacity,
+            slots=slots,
+            receive=_align(slots * (received + side) + 4 * _CACHE_LINE, _PAGE),
+            rows=_align(slots * max(row, _align(config.hidden, 16) + scales) + 2 * _CACHE_LINE, _PAGE),
+        )
+
+    return {"expert": of("expert"), "rank": of("rank")}

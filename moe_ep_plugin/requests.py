@@ -9,7 +9,7 @@ import torch
 from .backends.base import CombineRequest, DispatchRequest
 from .config import SUPPORTED_DTYPES, EpConfig
 from .errors import ConfigError
-from .handle import DispatchHandle
+from .handle import DispatchHandle, LowLatencyHandle
 from .types import Event, Layout, Wire
 from .wire import FP8_DTYPE, num_scales
 
@@ -35,6 +35,10 @@ class RequestChecker:
             raise ConfigError.of(
                 "handle", type(handle).__name__, "a DispatchHandle is needed", "pass the handle of a dispatch"
             )
+        self.check_owner(handle)
+
+    def check_owner(self, handle: DispatchHandle | LowLatencyHandle) -> None:
+        """Raise ConfigError if ``handle`` is another buffer's."""
         if handle.buffer_id != self._id:
             raise ConfigError.of("handle", "of another EpBuffer", "routing belongs to its buffer", "use its own buffer")
 
@@ -77,6 +81,35 @@ class RequestChecker:
         self._copied = True
         return rows.contiguous()
 
+    def _check_rows(
+        self, x: torch.Tensor | tuple[torch.Tensor, torch.Tensor], wire: Wire
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Wire]:
+        """Rows, their scales if they are quantised already, and how they cross."""
+        config = self.config
+        if wire not in ("bf16", "fp8"):
+            raise ConfigError.of("wire", repr(wire), "it must be 'bf16' or 'fp8'", "choose one of these")
+        if not isinstance(x, tuple):
+            rows = self._check_tensor("x", x, (None, config.hidden))
+            self.check_dtype("x.dtype", rows.dtype)
+            return rows, None, wire
+        if len(x) != 2:
+            raise ConfigError.of("x", f"a tuple of {len(x)}", "it must be rows or (q, scale)", "pass two tensors")
+        rows = self._check_tensor("x[0]", x[0], (None, config.hidden), FP8_DTYPE)
+        scale = self._check_tensor("x[1]", x[1], (rows.shape[0], num_scales(config.hidden)), torch.float32)
+        return rows, scale, "fp8"
+
+    def _check_idx(self, topk_idx: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        topk_idx = self._check_tensor("topk_idx", topk_idx, (num_tokens, None), torch.int64)
+        num_topk = topk_idx.shape[1]
+        if not 1 <= num_topk <= self.config.num_topk:
+            raise ConfigError.of(
+                "topk_idx.shape[1]",
+                num_topk,
+                f"config.num_topk is {self.config.num_topk}",
+                "raise EpConfig.num_topk, or drop columns",
+            )
+        return topk_idx
+
     def dispatch_request(
         self,
         x: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
@@ -96,19 +129,7 @@ class RequestChecker:
         self._copied = False
         if layout not in ("expert", "rank"):
             raise ConfigError.of("layout", repr(layout), "it must be 'expert' or 'rank'", "choose one of these")
-        wire = config.wire if wire is None else wire
-        if wire not in ("bf16", "fp8"):
-            raise ConfigError.of("wire", repr(wire), "it must be 'bf16' or 'fp8'", "choose one of these")
-        scale = None
-        if isinstance(x, tuple):
-            if len(x) != 2:
-                raise ConfigError.of("x", f"a tuple of {len(x)}", "it must be rows or (q, scale)", "pass two tensors")
-            rows = self._check_tensor("x[0]", x[0], (None, config.hidden), FP8_DTYPE)
-            scale = self._check_tensor("x[1]", x[1], (rows.shape[0], num_scales(config.hidden)), torch.float32)
-            wire = "fp8"
-        else:
-            rows = self._check_tensor("x", x, (None, config.hidden))
-            self.check_dtype("x.dtype", rows.dtype)
+        rows, scale, wire = self._check_rows(x, config.wire if wire is None else wire)
         num_tokens = rows.shape[0]
         if handle is not None:
             self.check_handle(handle)
@@ -133,15 +154,8 @@ class RequestChecker:
                     f"max_tokens_per_rank is {config.max_tokens_per_rank}",
                     f"build the EpBuffer with max_tokens_per_rank >= {num_tokens}",
                 )
-            topk_idx = self._check_tensor("topk_idx", topk_idx, (num_tokens, None), torch.int64)
+            topk_idx = self._check_idx(topk_idx, num_tokens)
             num_topk = topk_idx.shape[1]
-            if not 1 <= num_topk <= config.num_topk:
-                raise ConfigError.of(
-                    "topk_idx.shape[1]",
-                    num_topk,
-                    f"config.num_topk is {config.num_topk}",
-                    "raise EpConfig.num_topk, or drop columns",
-                )
         if topk_weights is not None:
             topk_weights = self._check_tensor("topk_weights", topk_weights, (num_tokens, num_topk), torch.float32)
         whole = isinstance(max_recv_tokens, int) and 0 <= max_recv_tokens < 1 << 31
@@ -159,7 +173,7 @@ class RequestChecker:
             max_recv_tokens=max_recv_tokens,
             wire=wire,
             copied=self._copied,
-            num_sms=_checked_sms(num_sms),
+            num_sms=checked_sms(num_sms),
             async_op=async_op,
             previous_event=previous_event,
         )
@@ -198,7 +212,7 @@ class RequestChecker:
             row_weights=row_weights,
             row_values=row_values,
             copied=self._copied,
-            num_sms=_checked_sms(num_sms),
+            num_sms=checked_sms(num_sms),
             async_op=async_op,
             previous_event=previous_event,
         )
@@ -211,7 +225,8 @@ def _fits(have: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
     return fits
 
 
-def _checked_sms(num_sms: int | None) -> int | None:
+def checked_sms(num_sms: int | None) -> int | None:
+    """``num_sms``, or ConfigError if it is no number of SMs."""
     whole = isinstance(num_sms, int) and not isinstance(num_sms, bool) and num_sms >= 1
     if num_sms is not None and not whole:
         raise ConfigError.of(

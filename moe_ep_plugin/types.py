@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from .handle import DispatchHandle
+    from .handle import DispatchHandle, LowLatencyHandle
 
 Layout = Literal["expert", "rank"]
 BackendName = Literal["auto", "cuda", "host", "collective"]
@@ -92,3 +92,49 @@ class CombineOutput:
     x: torch.Tensor
     row_values: torch.Tensor | None
     event: Event
+
+
+@dataclass(frozen=True)
+class LowLatencyDispatchOutput:
+    """What a low-latency dispatch received. Its tensors lie in one of the buffer's two receive buffers.
+
+    Attributes:
+        x: Layout ``"expert"``: [num_local_experts, capacity, hidden], the rows of local expert e in
+            ``x[e, :tokens_per_expert[e]]``, in (source rank, token, top-k position) order. Layout ``"rank"``:
+            [capacity, hidden], one row per (source rank, token) in ``x[:num_received]``, in that order. ``capacity``
+            is num_ranks times ``EpConfig.low_latency_tokens_per_rank``. Rows past those are of earlier steps.
+            dtype of the input, or ``torch.float8_e4m3fn`` on the FP8 wire.
+        scale: fp32 [num_local_experts, capacity, ceil(hidden / 128)] or [capacity, ceil(hidden / 128)]
+            dequantisation factors on the FP8 wire, otherwise None. Row by row they lie next to each other (strides
+            ..., 1, capacity), as DeepGEMM and TransformerEngine read them.
+        tokens_per_expert: int32 [num_local_experts]: received rows of each local expert; on the device.
+        num_received: int32 [1]: received rows in all; on the device.
+        topk_idx: Layout ``"rank"``: int64 [capacity, num_topk] local expert ids, -1 where the expert lives elsewhere
+            and in the rows past the received ones. None in layout ``"expert"``.
+        topk_weights: Layout ``"rank"``, where weights were sent: fp32 [capacity, num_topk], 0 where ``topk_idx`` is
+            -1. Otherwise None.
+        handle: Routing state for the combine.
+    """
+
+    x: torch.Tensor
+    scale: torch.Tensor | None
+    tokens_per_expert: torch.Tensor
+    num_received: torch.Tensor
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    handle: LowLatencyHandle
+
+
+@dataclass(frozen=True)
+class LowLatencyCombineOutput:
+    """What a low-latency combine brought back.
+
+    Attributes:
+        x: [num_tokens, hidden] sums, dtype of the rows given; ``out`` where that was given.
+        lost_weights: fp32 [num_tokens]: weights of the routes that are missing from ``x`` because their rank is
+            masked or gave the step up; without weights, and in layout ``"rank"``, how many those routes are. 0 where
+            nothing is missing.
+    """
+
+    x: torch.Tensor
+    lost_weights: torch.Tensor

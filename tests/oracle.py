@@ -104,6 +104,17 @@ def quantize(x: np.ndarray, power_of_two: bool) -> tuple[np.ndarray, np.ndarray]
     return codes, scales
 
 
+def from_e4m3(codes: np.ndarray) -> np.ndarray:
+    """fp32 values of e4m3 codes (uint8)."""
+    magnitude = np.append(e4m3_table(), np.nan)[codes & 127]
+    return np.where(codes & 128, -magnitude, magnitude).astype(np.float32)
+
+
+def dequantize(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """fp32 [rows, hidden] of what :func:`quantize` gives, each product rounded."""
+    return from_e4m3(codes) * np.repeat(scales, 128, axis=1)[:, : codes.shape[1]]
+
+
 def places(keys: list[Key], source: int) -> dict[Key, int]:
     """Row of each key that came from ``source``."""
     return {key: i for i, key in enumerate(keys) if key is not None and key[0] == source}

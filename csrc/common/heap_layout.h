@@ -2,7 +2,7 @@
 // all ask here, so every rank and every device computes the same addresses.
 //
 //   header | posts[2][num_ranks] | flags[kNumSteps][num_ranks] | grants[2][num_ranks]
-//          | departures[num_ranks] | pool | overflow
+//          | departures[num_ranks] | pool | overflow | low latency (see low_latency_layout.h)
 //
 // Everything before the pool is written by peers into the reader's heap, so a rank waits on its own
 // memory only. Posts and grants are double-buffered by the parity of the sequence number: a peer can be at
@@ -33,7 +33,7 @@ MOE_EP_HOST_DEVICE constexpr std::size_t align_up(std::size_t value, std::size_t
 enum class Step : int { kPost = 0, kGrant = 1, kArrival = 2, kRead = 3 };
 constexpr int kNumSteps = 4;
 
-enum class Operation : std::int32_t { kDispatch = 0, kCombine = 1 };
+enum class Operation : std::int32_t { kDispatch = 0, kCombine = 1, kLowDispatch = 2, kLowCombine = 3 };
 enum class RowLayout : std::int32_t { kExpert = 0, kRank = 1 };
 enum class Element : std::int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat8 = 3 };
 
@@ -95,12 +95,13 @@ struct HeapLayout {
   std::size_t num_experts;
   std::size_t pool_bytes;
   std::size_t overflow_bytes;
+  std::size_t low_bytes;
 
   // Regions of at least so many bytes.
   static HeapLayout make(std::size_t num_ranks, std::size_t num_experts, std::size_t pool_bytes,
-                         std::size_t overflow_bytes) {
+                         std::size_t overflow_bytes, std::size_t low_bytes = 0) {
     return HeapLayout{num_ranks, num_experts, align_up(pool_bytes, kRegionAlignment),
-                      align_up(overflow_bytes, kRegionAlignment)};
+                      align_up(overflow_bytes, kRegionAlignment), align_up(low_bytes, kRegionAlignment)};
   }
 
   // A post is followed by this rank's outgoing rows per expert and per rank, int32 each.
@@ -122,7 +123,8 @@ struct HeapLayout {
   MOE_EP_HOST_DEVICE std::size_t control_bytes() const { return align_up(departure(num_ranks), kRegionAlignment); }
   MOE_EP_HOST_DEVICE std::size_t pool() const { return control_bytes(); }
   MOE_EP_HOST_DEVICE std::size_t overflow() const { return align_up(pool() + pool_bytes, kRegionAlignment); }
-  MOE_EP_HOST_DEVICE std::size_t total_bytes() const { return align_up(overflow() + overflow_bytes, kRegionAlignment); }
+  MOE_EP_HOST_DEVICE std::size_t low() const { return align_up(overflow() + overflow_bytes, kRegionAlignment); }
+  MOE_EP_HOST_DEVICE std::size_t total_bytes() const { return align_up(low() + low_bytes, kRegionAlignment); }
 };
 
 // Arrays of one receive block. Senders and the receiver derive the same offsets from the row count.

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "common/heap_layout.h"
+#include "common/low_latency_layout.h"
 
 namespace moe_ep {
 
@@ -20,7 +21,13 @@ inline const char* step_name(Step step) {
 }
 
 inline const char* operation_name(Operation operation) {
-  return operation == Operation::kDispatch ? "dispatch" : "combine";
+  switch (operation) {
+    case Operation::kDispatch: return "dispatch";
+    case Operation::kCombine: return "combine";
+    case Operation::kLowDispatch: return "low-latency dispatch";
+    case Operation::kLowCombine: return "low-latency combine";
+  }
+  return "an unknown operation";
 }
 
 // A wait that ended without its event.
@@ -59,10 +66,21 @@ inline constexpr const char* kComparedFields[] = {
 };
 static_assert(sizeof(kComparedFields) / sizeof(kComparedFields[0]) == kNumComparedFields, "one name a field");
 
-inline std::string describe_difference(int source, int rank, std::uint64_t sequence, int field, std::int64_t theirs,
-                                       std::int64_t mine) {
+// The first words of a low-latency post, likewise.
+inline constexpr const char* kLowComparedFields[] = {
+    "operation (2 low-latency dispatch, 3 low-latency combine)",
+    "element type",
+    "topk",
+    "has topk_weights",
+    "which of the two buffers",
+    "handle (the operation that made it; 0: none)",
+};
+static_assert(sizeof(kLowComparedFields) / sizeof(kLowComparedFields[0]) == kNumLowCompared, "one name a word");
+
+inline std::string describe_difference(int source, int rank, std::uint64_t sequence, const char* field,
+                                       std::int64_t theirs, std::int64_t mine) {
   return "rank " + std::to_string(source) + " differs from rank " + std::to_string(rank) + " at operation " +
-         std::to_string(sequence) + ": " + kComparedFields[field] + " is " + std::to_string(theirs) + " there and " +
+         std::to_string(sequence) + ": " + field + " is " + std::to_string(theirs) + " there and " +
          std::to_string(mine) + " here; call the same operations in the same order on every rank";
 }
 
@@ -71,6 +89,18 @@ inline std::string describe_bad_route(std::int64_t token, std::int64_t position,
   return "topk_idx[" + std::to_string(token) + ", " + std::to_string(position) + "] is " + std::to_string(expert) +
          ", but expert ids run from 0 to " + std::to_string(num_experts - 1) +
          " (-1: none); fix the router or num_experts";
+}
+
+inline std::string describe_full_slots(int rank, std::int64_t need, std::int64_t capacity) {
+  return "an expert of rank " + std::to_string(rank) + " would receive " + std::to_string(need) +
+         " rows, but it has slots for " + std::to_string(capacity) +
+         " (one a token of every rank); send a token to an expert once only";
+}
+
+inline std::string describe_other_route(std::int64_t token, std::int64_t position, std::int64_t expert) {
+  return "topk_idx[" + std::to_string(token) + ", " + std::to_string(position) + "] is " + std::to_string(expert) +
+         ", but the handle's dispatch sent it to another expert; pass the ids that were dispatched, or -1 to leave a "
+         "route out";
 }
 
 inline std::string describe_overflow(int rank, std::int64_t need, std::int64_t limit) {

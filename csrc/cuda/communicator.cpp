@@ -54,6 +54,8 @@ void Communicator::connect(const std::vector<PeerAddress>& peers) {
   }
   MOE_EP_CUDA_CHECK(prepare_expand(most_shared_bytes_));
   MOE_EP_CUDA_CHECK(prepare_combine(most_shared_bytes_));
+  MOE_EP_CUDA_CHECK(prepare_low_dispatch(most_shared_bytes_));
+  MOE_EP_CUDA_CHECK(prepare_low_combine(most_shared_bytes_));
 
   for (std::size_t i = 0; i < peers.size(); ++i) {
     pids_.push_back(peers[i].pid);
@@ -63,6 +65,7 @@ void Communicator::connect(const std::vector<PeerAddress>& peers) {
   fill_tables();
   MOE_EP_CUDA_CHECK(cudaStreamCreateWithFlags(&control_, cudaStreamNonBlocking));
   MOE_EP_CUDA_CHECK(cudaEventCreateWithFlags(&behind_, cudaEventDisableTiming));
+  MOE_EP_CUDA_CHECK(cudaEventCreateWithFlags(&low_home_event_, cudaEventDisableTiming));
 }
 
 std::uint8_t* Communicator::open_heap(int rank, const IpcHandle& heap) {
@@ -109,7 +112,8 @@ void Communicator::fill_tables() {
   const std::size_t blocks = at(num_device_sms_) * (at(num_experts) + bases_.size());
   const std::size_t words = 3 * at(num_experts) + first_of_rank.size() + blocks;
   const std::size_t tables = align_up(sizeof(DeviceState), kCacheLine);
-  const std::size_t bases_at = tables;
+  const std::size_t low_at = tables;
+  const std::size_t bases_at = align_up(low_at + sizeof(LowState) + bases_.size() * sizeof(std::uint32_t), kCacheLine);
   const std::size_t words_at = align_up(bases_at + bases_.size() * sizeof(std::uint8_t*), kCacheLine);
   MOE_EP_CUDA_CHECK(cudaMalloc(&device_memory_, words_at + words * sizeof(std::int32_t)));
   auto* memory = static_cast<std::uint8_t*>(device_memory_);
@@ -149,6 +153,7 @@ void Communicator::fill_tables() {
   group_.first_of_rank = table(first_of_rank);
   group_.block_counts = next;
   group_.state = reinterpret_cast<DeviceState*>(memory);
+  low_state_ = reinterpret_cast<LowState*>(memory + low_at);
   group_.report = static_cast<Report*>(report_on_device);
   group_.timeout_ns = static_cast<std::uint64_t>(options_.timeout_s * 1e9);
 }
@@ -162,6 +167,7 @@ void Communicator::release() {
   bases_.clear();
   if (control_ != nullptr) cudaStreamDestroy(control_);
   if (behind_ != nullptr) cudaEventDestroy(behind_);
+  if (low_home_event_ != nullptr) cudaEventDestroy(low_home_event_);
   if (device_memory_ != nullptr) cudaFree(device_memory_);
   if (report_ != nullptr) cudaFreeHost(report_);
   cudaGetLastError();

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -14,6 +15,7 @@
 #include "common/errors.h"
 #include "common/heap_layout.h"
 #include "common/process.h"
+#include "cuda/low_state.h"
 #include "cuda/pool.h"
 #include "cuda/state.h"
 
@@ -109,6 +111,53 @@ struct CombineResult {
   std::int64_t bytes_to_peers = 0;
 };
 
+struct LowDispatchArguments {
+  RowSource source;
+  std::int64_t num_tokens;
+  bool has_scales;
+  bool has_weights;
+  const std::int64_t* topk_idx;
+  std::int64_t topk;
+  void* routing_memory;  // LowRoutingView::bytes, 16-byte aligned
+  int index;
+  int num_sms;  // 0: the default
+  bool receives;
+  cudaStream_t stream;
+};
+
+struct LowCombineArguments {
+  const std::uint8_t* rows;  // null where only the receive half is asked for
+  Element element;
+  std::int32_t hidden;
+  std::int64_t num_tokens;
+  const std::int64_t* topk_idx;
+  std::int64_t topk;
+  bool has_weights;
+  const float* weights;
+  void* routing_memory;
+  int index;
+  bool quantize;
+  bool power_of_two;
+  std::uint8_t* out;
+  float* lost;
+  int num_sms;
+  LowHalves halves;
+  cudaStream_t stream;
+};
+
+// What tensors over a buffer of low-latency mode keep: as long as one lives, so does this.
+struct LowHold {
+  std::shared_ptr<Pool> pool;
+};
+
+// Where low-latency results of one index are.
+struct LowBlock {
+  std::shared_ptr<LowHold> hold;
+  std::uint8_t* receive;
+  ReceiveBlock offsets;  // in `receive`
+  std::uint8_t* rows;
+};
+
 struct CommunicatorOptions {
   std::vector<std::int32_t> expert_to_rank;
   std::int64_t alignment;
@@ -117,6 +166,10 @@ struct CommunicatorOptions {
   double timeout_s;
   int default_sms;
   int ranks_on_device;
+  // Low-latency mode: tokens a rank, 0 without it.
+  std::int64_t low_tokens = 0;
+  RowLayout low_layout = RowLayout::kExpert;
+  bool mask_on_timeout = false;
 };
 
 class Communicator {
@@ -136,6 +189,22 @@ class Communicator {
   CombineResult combine(const CombineArguments& arguments);
   std::shared_ptr<Pool::Lease> lease(std::size_t bytes, const Streams& streams);
   void copy(void* to, const void* from, std::size_t bytes, cudaStream_t stream);
+
+  // Low-latency mode; see low_latency.cpp.
+  void low_dispatch(const LowDispatchArguments& arguments);
+  void low_receive(void* routing_memory, std::int64_t num_tokens, std::int64_t topk, int index, cudaStream_t stream);
+  // Whether rows had to be copied into the heap.
+  bool low_combine(const LowCombineArguments& arguments);
+  // Memory of buffer `index`, in sizes of rows as they crossed. Its next use follows what `home` has done by then.
+  LowBlock low_block(int index, const RowSizes& sizes, cudaStream_t home);
+  std::uint8_t* low_rows(int index) const { return pool_->base() + pool_->low().rows(static_cast<std::size_t>(index)); }
+  bool low_held(int index) const { return !low_holds_[static_cast<std::size_t>(index)].expired(); }
+  void low_mask(const std::vector<int>& ranks, cudaStream_t stream);
+  // Waits for what is queued.
+  std::vector<int> low_masked();
+  std::size_t low_routing_bytes(std::int64_t num_tokens, std::int64_t topk) const {
+    return LowRoutingView::bytes(low_routing_shape(num_tokens, topk));
+  }
 
   // Waits for what is queued and throws what it ran into.
   void check();
@@ -159,6 +228,9 @@ class Communicator {
 
   int num_ranks() const { return static_cast<int>(bases_.size()); }
   int blocks_for(int num_sms, std::int64_t items, int warps) const;
+  LowRoutingShape low_routing_shape(std::int64_t num_tokens, std::int64_t topk) const;
+  LowGroup low_group() const;
+  void follow_low_home(int index, cudaStream_t stream);
   Pipeline send_pipeline(const RowSource& source, const RowSizes& sizes, int num_destinations) const;
   Pipeline reduce_pipeline(int num_sources, int most_entries, bool plain) const;
   int count_warps(int bins) const;
@@ -205,6 +277,10 @@ class Communicator {
   void* device_memory_ = nullptr;  // state, tables and workspace
   Report* report_ = nullptr;       // as the host maps it, and its words
   Group group_{};
+  LowState* low_state_ = nullptr;
+  std::array<std::weak_ptr<LowHold>, kLowBuffers> low_holds_;
+  std::array<cudaStream_t, kLowBuffers> low_homes_{};
+  cudaEvent_t low_home_event_ = nullptr;
   cudaStream_t control_ = nullptr;
   cudaEvent_t behind_ = nullptr;
   cudaStream_t last_stream_ = nullptr;

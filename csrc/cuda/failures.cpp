@@ -32,6 +32,11 @@ inline void relax() {
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
+const char* compared_field_name(Operation operation, int field) {
+  const bool low = operation == Operation::kLowDispatch || operation == Operation::kLowCombine;
+  return low ? kLowComparedFields[field] : kComparedFields[field];
+}
+
 }  // namespace
 
 bool Communicator::await(std::uint64_t ticket, cudaStream_t stream) {
@@ -148,8 +153,19 @@ void Communicator::throw_outcome(const ReportedOutcome& reported) {
                       describe_bad_route(index / values[3], index % values[3], values[2], group_.num_experts) + " (" +
                       where + ")");
     }
+    case Outcome::kFullSlots:
+      throw Error(ErrorKind::kCapacity, describe_full_slots(rank, values[1], values[2]) + " (" + where + ")");
+    case Outcome::kOtherRoute: {
+      const std::int64_t index = values[1] - 1;
+      throw Error(ErrorKind::kConfig,
+                  describe_other_route(index / values[3], index % values[3], values[2]) + " (" + where + ")");
+    }
+    case Outcome::kMasked:
+      throw Error(ErrorKind::kLost,
+                  "rank " + std::to_string(rank) + " has masked rank " + std::to_string(rank_) + " (" + where + ")");
     case Outcome::kMismatch:
-      throw Error(ErrorKind::kMismatch, describe_difference(rank, rank_, reported.sequence, static_cast<int>(values[1]),
+      throw Error(ErrorKind::kMismatch, describe_difference(rank, rank_, reported.sequence,
+                                                            compared_field_name(operation, static_cast<int>(values[1])),
                                                             values[2], values[3]));
     case Outcome::kTimeout:
     case Outcome::kLost:

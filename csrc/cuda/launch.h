@@ -5,6 +5,7 @@
 
 #include <cstddef>
 
+#include "cuda/low_state.h"
 #include "cuda/state.h"
 
 namespace moe_ep {
@@ -23,6 +24,18 @@ cudaError_t launch_dispatch(const DispatchParams& params, int blocks, cudaStream
 cudaError_t launch_expand(const ExpandParams& params, int blocks, cudaStream_t stream);
 cudaError_t launch_combine(const CombineParams& params, int blocks, cudaStream_t stream);
 cudaError_t launch_reduce(const ReduceParams& params, int blocks, cudaStream_t stream);
+
+// Low-latency mode.
+// Fills in what follows from the rest; returns the shared memory that it takes.
+std::size_t complete_low_dispatch(LowDispatchParams& params);
+std::size_t low_combine_shared_bytes(const LowCombineParams& params);
+cudaError_t prepare_low_dispatch(std::size_t most_shared_bytes);
+cudaError_t prepare_low_combine(std::size_t most_shared_bytes);
+// Without the send half, one block that waits.
+cudaError_t launch_low_dispatch(const LowDispatchParams& params, int blocks, cudaStream_t stream);
+cudaError_t launch_low_combine(const LowCombineParams& params, int blocks, cudaStream_t stream);
+// Leaves out the ranks `first` + i whose bit i is set, from the next operation on.
+cudaError_t launch_low_mask(const LowGroup& low, std::uint64_t ranks, int first, cudaStream_t stream);
 
 }  // namespace gpu
 }  // namespace moe_ep

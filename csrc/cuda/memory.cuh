@@ -16,6 +16,13 @@ __device__ __forceinline__ void store_relaxed_system(std::uint64_t* at, std::uin
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
 }
 
+// For many words at a time; a fence after the last of them acquires.
+__device__ __forceinline__ std::uint64_t load_relaxed_system(const std::uint64_t* at) {
+  std::uint64_t value;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ std::uint64_t load_acquire_system(const std::uint64_t* at) {
   std::uint64_t value;
   asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
@@ -55,6 +62,8 @@ __device__ __forceinline__ std::int64_t load_cached_in_l2(const std::int64_t* at
 }
 __device__ __forceinline__ std::int32_t load_cached_in_l2(const std::int32_t* at) { return __ldcg(at); }
 __device__ __forceinline__ float load_cached_in_l2(const float* at) { return __ldcg(at); }
+
+__device__ __forceinline__ void prefetch_to_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 __device__ __forceinline__ std::uint64_t nanoseconds() {
   std::uint64_t value;
@@ -154,6 +163,15 @@ __device__ __forceinline__ void bulk_store(void* to_global, const void* from_sha
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(to_global),
                "r"(shared_address(from_shared)), "r"(bytes), "l"(policy)
+               : "memory");
+#endif
+}
+
+// The same, for what is read soon: its lines stay in L2 as others do.
+__device__ __forceinline__ void bulk_store_kept(void* to_global, const void* from_shared, std::uint32_t bytes) {
+#if defined(MOE_EP_BULK_COPIES)
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to_global),
+               "r"(shared_address(from_shared)), "r"(bytes)
                : "memory");
 #endif
 }

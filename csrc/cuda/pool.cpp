@@ -31,7 +31,7 @@ constexpr std::size_t kPageBytes = std::size_t{2} << 20;
 
 }  // namespace
 
-Pool::Pool(int device, const HeapLayout& layout) : device_(device), layout_(layout) {
+Pool::Pool(int device, const HeapLayout& layout, const LowLayout& low) : device_(device), layout_(layout), low_(low) {
   const DeviceGuard guard(device);
   void* memory = nullptr;
   const cudaError_t error = cudaMalloc(&memory, align_up(layout.total_bytes(), kPageBytes));
@@ -42,10 +42,12 @@ Pool::Pool(int device, const HeapLayout& layout) : device_(device), layout_(layo
     throw Error(ErrorKind::kUnavailable,
                 "no room for a heap of " + std::to_string(layout.total_bytes() >> 20) + " MiB on device " +
                     std::to_string(device) + " (" + std::to_string(available >> 20) +
-                    " MiB are free): " + cudaGetErrorString(error) + "; set pool_bytes, or lower max_tokens_per_rank");
+                    " MiB are free): " + cudaGetErrorString(error) +
+                    "; set pool_bytes, or lower max_tokens_per_rank or low_latency_tokens_per_rank");
   }
   base_ = static_cast<std::uint8_t*>(memory);
   MOE_EP_CUDA_CHECK(cudaMemset(base_, 0, layout.control_bytes()));
+  if (low_.receive_bytes > 0) MOE_EP_CUDA_CHECK(cudaMemset(base_ + low_.base, 0, low_.receive(0) - low_.base));
   MOE_EP_CUDA_CHECK(cudaMemcpy(base_, &kHeapMagic, sizeof(kHeapMagic), cudaMemcpyHostToDevice));
   MOE_EP_CUDA_CHECK(cudaDeviceSynchronize());
   free_.give(layout_.pool(), layout_.pool_bytes);

@@ -12,6 +12,7 @@
 
 #include "common/free_list.h"
 #include "common/heap_layout.h"
+#include "common/low_latency_layout.h"
 
 namespace moe_ep {
 namespace gpu {
@@ -26,7 +27,8 @@ constexpr std::size_t kLeaseAlignment = 256;
 // made to wait for the home stream.
 class Pool : public std::enable_shared_from_this<Pool> {
  public:
-  Pool(int device, const HeapLayout& layout);
+  // The low-latency region is `low`, of no bytes without that mode.
+  Pool(int device, const HeapLayout& layout, const LowLayout& low);
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -64,6 +66,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
   std::uint8_t* base() const { return base_; }
   int device() const { return device_; }
   const HeapLayout& layout() const { return layout_; }
+  const LowLayout& low() const { return low_; }
   IpcHandle ipc_handle() const;
 
  private:
@@ -80,6 +83,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
 
   int device_;
   HeapLayout layout_;
+  LowLayout low_;
   std::uint8_t* base_ = nullptr;
   mutable std::mutex mutex_;
   FreeList free_;

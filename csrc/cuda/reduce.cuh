@@ -13,6 +13,8 @@
 namespace moe_ep {
 namespace gpu {
 
+// What is summed. A job of another kind has its own way to the entry and the weight of a lane (see below), and the same
+// names for what else is used here.
 struct ReduceJob {
   const Entry* entries;  // [num_tokens, topk]
   std::int64_t num_tokens;
@@ -22,6 +24,18 @@ struct ReduceJob {
   const std::uint8_t* const* rows;  // [num_ranks], in shared memory
   const float* const* weights;      // [num_ranks], in shared memory; unused where sums are plain
   std::uint8_t* out;                // [num_tokens, hidden]
+
+  using LaneEntry = Entry;
+  // Lane j's entry of an item's token; rank -1 in the lanes past the last one.
+  __device__ LaneEntry entry(const ItemCursor& item) const {
+    const int lane = threadIdx.x & 31;
+    if (!item.valid() || lane >= topk) return Entry{-1, -1, -1};
+    return entries[static_cast<std::int64_t>(item.token) * topk + lane];
+  }
+  __device__ float weight(const LaneEntry& entry) const {
+    if (entry.rank < 0 || weights == nullptr) return 1.0f;
+    return load_cached_in_l2(weights[entry.rank] + entry.slot);
+  }
 };
 
 struct ReduceRing {
@@ -87,20 +101,14 @@ __device__ inline int chunk_bytes(int row_bytes, int chunk) {
   return left < R::kChunk ? left : R::kChunk;
 }
 
-__device__ inline Entry item_entry(const ReduceJob& job, const ItemCursor& item) {
-  const int lane = threadIdx.x & 31;
-  if (!item.valid() || lane >= job.topk) return Entry{-1, -1, -1};
-  return job.entries[static_cast<std::int64_t>(item.token) * job.topk + lane];
+template <class R, class Job>
+__device__ inline float weight_of(const Job& job, const typename Job::LaneEntry& entry) {
+  if constexpr (R::kPlain) return 1.0f;
+  return job.weight(entry);
 }
 
-template <class R>
-__device__ inline float entry_weight(const ReduceJob& job, const Entry& entry) {
-  if (R::kPlain || entry.rank < 0 || job.weights == nullptr) return 1.0f;
-  return load_cached_in_l2(job.weights[entry.rank] + entry.slot);
-}
-
-template <class R>
-__device__ inline void store_sums(const ReduceJob& job, int row_bytes, const ItemCursor& item, const Sums<R>& sums) {
+template <class R, class Job>
+__device__ inline void store_sums(const Job& job, int row_bytes, const ItemCursor& item, const Sums<R>& sums) {
   const int lane = threadIdx.x & 31;
   const int bytes = chunk_bytes<R>(row_bytes, item.chunk);
   std::uint8_t* out =
@@ -113,15 +121,15 @@ __device__ inline void store_sums(const ReduceJob& job, int row_bytes, const Ite
 }
 
 // The grid walks tokens in order, so that what is read close in time lies close together.
-template <class R>
-__device__ inline ItemCursor first_item(const ReduceJob& job, int row_bytes, int warps) {
+template <class R, class Job>
+__device__ inline ItemCursor first_item(const Job& job, int row_bytes, int warps) {
   const int chunks = (row_bytes + R::kChunk - 1) / R::kChunk;
   return ItemCursor(0, job.num_tokens, chunks, static_cast<int>(blockIdx.x) * warps + threadIdx.x / 32,
                     static_cast<int>(gridDim.x) * warps);
 }
 
-template <class R>
-__device__ inline void reduce_rows_bulk(const ReduceJob& job, const Pipeline& pipeline, const ReduceRing& ring) {
+template <class R, class Job>
+__device__ inline void reduce_rows_bulk(const Job& job, const Pipeline& pipeline, const ReduceRing& ring) {
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x & 31;
   if (warp >= pipeline.warps) return;
@@ -130,8 +138,16 @@ __device__ inline void reduce_rows_bulk(const ReduceJob& job, const Pipeline& pi
   const std::size_t stage_bytes = static_cast<std::size_t>(job.most_entries) * R::kChunk;
   std::uint8_t* stages = ring.stages + static_cast<std::size_t>(warp) * depth * stage_bytes;
   std::uint64_t* barriers = ring.barriers + warp * depth;
+  // A warp's barriers are its own: nobody else has to see them first.
+  if (lane == 0) {
+    for (int i = 0; i < depth; ++i) barrier_init(barriers + i, 1);
+    fence_barrier_init();
+  }
+  fence_bulk_to_global();
+  __syncwarp();
 
-  const auto load = [&](const ItemCursor& item, const Entry& entry, int stage) {
+  using LaneEntry = typename Job::LaneEntry;
+  const auto load = [&](const ItemCursor& item, const LaneEntry& entry, int stage) {
     if (!item.valid()) return;
     const int count = __popc(__ballot_sync(0xffffffffu, entry.rank >= 0));
     const std::uint32_t bytes = static_cast<std::uint32_t>(chunk_bytes<R>(row_bytes, item.chunk));
@@ -147,29 +163,29 @@ __device__ inline void reduce_rows_bulk(const ReduceJob& job, const Pipeline& pi
 
   ItemCursor item = first_item<R>(job, row_bytes, pipeline.warps);
   ItemCursor loading = item;
-  Entry to_load = item_entry(job, loading);
+  LaneEntry to_load = job.entry(loading);
   const auto load_next = [&](int stage) {
     const ItemCursor now = loading;
-    const Entry entry = to_load;
+    const LaneEntry entry = to_load;
     loading.advance();
-    to_load = item_entry(job, loading);
+    to_load = job.entry(loading);
     load(now, entry, stage);
   };
   for (int i = 0; i < depth - 1; ++i) load_next(i);
   ItemCursor following = item;
-  Entry entry = item_entry(job, following);
+  LaneEntry entry = job.entry(following);
   following.advance();
-  Entry soon = item_entry(job, following);
-  float weight = entry_weight<R>(job, entry);
+  LaneEntry soon = job.entry(following);
+  float weight = weight_of<R>(job, entry);
   int stage = 0;
   int load_stage = depth - 1;
   std::uint32_t parity = 0;
   while (item.valid()) {
     load_next(load_stage);
     if (++load_stage == depth) load_stage = 0;
-    const float next_weight = entry_weight<R>(job, soon);
+    const float next_weight = weight_of<R>(job, soon);
     following.advance();
-    const Entry later = item_entry(job, following);
+    const LaneEntry later = job.entry(following);
 
     const int count = __popc(__ballot_sync(0xffffffffu, entry.rank >= 0));
     const std::uint8_t* data = stages + stage * stage_bytes + lane * 16;
@@ -217,14 +233,14 @@ __device__ inline void reduce_rows_bulk(const ReduceJob& job, const Pipeline& pi
   }
 }
 
-template <class R>
-__device__ inline void reduce_rows_vector(const ReduceJob& job) {
+template <class R, class Job>
+__device__ inline void reduce_rows_vector(const Job& job) {
   constexpr int kUnroll = 4;
   const int lane = threadIdx.x & 31;
   const int row_bytes = job.hidden * R::Element::kBytes;
   for (ItemCursor item = first_item<R>(job, row_bytes, kWarps); item.valid(); item.advance()) {
-    const Entry entry = item_entry(job, item);
-    const float weight = entry_weight<R>(job, entry);
+    const typename Job::LaneEntry entry = job.entry(item);
+    const float weight = weight_of<R>(job, entry);
     const int count = __popc(__ballot_sync(0xffffffffu, entry.rank >= 0));
     const int bytes = chunk_bytes<R>(row_bytes, item.chunk);
     Sums<R> sums;
@@ -269,14 +285,10 @@ __device__ inline void reduce_rows_vector(const ReduceJob& job) {
 }
 
 // All threads of a block.
-template <class R>
-__device__ inline void reduce_rows(const ReduceJob& job, const Pipeline& pipeline, const ReduceRing& ring) {
+template <class R, class Job>
+__device__ inline void reduce_rows(const Job& job, const Pipeline& pipeline, const ReduceRing& ring) {
   // Rows are whole vectors on any GPU, so where there are bulk copies they serve all of them.
 #if defined(MOE_EP_BULK_COPIES)
-  for (int i = threadIdx.x; i < pipeline.warps * pipeline.stages; i += blockDim.x) barrier_init(ring.barriers + i, 1);
-  fence_barrier_init();
-  fence_bulk_to_global();
-  __syncthreads();
   reduce_rows_bulk<R>(job, pipeline, ring);
 #else
   reduce_rows_vector<R>(job);

@@ -20,14 +20,17 @@ constexpr int kWideReduceChunk = 2048;
 // How an operation ended, where it did not end well. The first one is kept until the host has seen it.
 enum class Outcome : std::uint32_t {
   kOk = 0,
-  kNoRoom,    // a rank's block is too small for its rows: [rank, need bytes, block bytes]
-  kOverflow,  // more rows than max_recv_tokens: [rank, need, limit]
-  kTooMany,   // more rows than 32-bit slots: [rank, need]
-  kBadRoute,  // an id out of range: [rank, 1 + index in topk_idx, id, topk]
-  kMismatch,  // ranks disagree: [rank, compared field, theirs, mine]
-  kTimeout,   // [rank, step, seen]
-  kLost,      // [rank, step, seen, departure state]
-  kAborted,   // the host gave up: [rank, step, seen]
+  kNoRoom,      // a rank's block is too small for its rows: [rank, need bytes, block bytes]
+  kOverflow,    // more rows than max_recv_tokens: [rank, need, limit]
+  kTooMany,     // more rows than 32-bit slots: [rank, need]
+  kBadRoute,    // an id out of range: [rank, 1 + index in topk_idx, id, topk]
+  kFullSlots,   // more rows for an expert than low-latency slots: [rank, need, capacity]
+  kOtherRoute,  // another id than was dispatched: [rank, 1 + index in topk_idx, id, topk]
+  kMismatch,    // ranks disagree: [rank, compared field, theirs, mine]
+  kTimeout,     // [rank, step, seen]
+  kLost,        // [rank, step, seen, departure state]
+  kAborted,     // the host gave up: [rank, step, seen]
+  kMasked,      // a peer has masked this rank: [peer]
 };
 
 // Outcomes after which the buffer can go on: every rank gave the same operation up together.

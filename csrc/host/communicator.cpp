@@ -28,7 +28,8 @@ Communicator::Communicator(std::shared_ptr<Pool> pool, std::unique_ptr<Peers> pe
       alignment_(options.alignment),
       two_stage_(options.two_stage),
       workers_(options.num_threads),
-      kernels_(kernels()) {}
+      kernels_(kernels()),
+      low_latency_(pool_, *peers_, placement_, workers_, options.low_latency) {}
 
 Block Communicator::lease(std::size_t bytes) {
   auto lease = pool_->allocate(bytes);
@@ -74,7 +75,8 @@ void Communicator::compare_posts(const OperationPost& mine) const {
       const std::int64_t there = compared_field(*theirs, field);
       const std::int64_t here = compared_field(mine, field);
       if (there == here) continue;
-      throw Error(ErrorKind::kMismatch, describe_difference(source, peers_->rank(), sequence_, field, there, here));
+      throw Error(ErrorKind::kMismatch,
+                  describe_difference(source, peers_->rank(), sequence_, kComparedFields[field], there, here));
     }
   }
 }

@@ -7,20 +7,15 @@
 #include <vector>
 
 #include "common/heap_layout.h"
+#include "host/block.h"
 #include "host/kernels.h"
+#include "host/low_latency.h"
 #include "host/peers.h"
 #include "host/pool.h"
 #include "host/routing.h"
 #include "host/workers.h"
 
 namespace moe_ep {
-
-// Memory handed to a caller: a lease of the heap, or ordinary memory.
-struct Block {
-  std::uint8_t* data = nullptr;
-  std::size_t bytes = 0;
-  std::shared_ptr<void> owner;
-};
 
 struct DispatchArguments {
   const void* x;    // [num_tokens, hidden] of `element`
@@ -72,6 +67,7 @@ struct CommunicatorOptions {
   std::int64_t alignment;
   bool two_stage;
   std::size_t num_threads;
+  LowLatencyOptions low_latency{};
 };
 
 class Communicator {
@@ -82,6 +78,7 @@ class Communicator {
   CombineResult combine(const CombineArguments& arguments);
   // A block for rows that a later combine reads in place; data is null if the pool has no room.
   Block lease(std::size_t bytes);
+  LowLatency& low_latency() { return low_latency_; }
   void depart(std::uint32_t state, const std::string& text) { peers_->depart(state, text); }
 
  private:
@@ -132,6 +129,7 @@ class Communicator {
   const Kernels& kernels_;
   std::uint64_t sequence_ = 0;
   std::size_t expected_bytes_ = 0;  // of the next receive block, from those before
+  LowLatency low_latency_;
 };
 
 }  // namespace moe_ep

@@ -14,8 +14,6 @@ namespace {
 
 constexpr const char* kName = "dispatch";
 
-std::size_t scales_per_row(std::int64_t hidden) { return (at(hidden) + kFp8Block - 1) / kFp8Block; }
-
 }  // namespace
 
 DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
@@ -34,6 +32,11 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
   LocalRoutes routes;
   if (!reuses) {
     routes = read_routes(placement_, peers_->num_ranks(), arguments.topk_idx, arguments.num_tokens, topk);
+    if (routes.bad_route != 0) {
+      const std::int64_t index = routes.bad_route - 1;
+      throw Error(ErrorKind::kConfig, describe_bad_route(index / topk, index % topk, routes.bad_expert,
+                                                         static_cast<std::int64_t>(placement_.rank_of_expert.size())));
+    }
   }
   ++sequence_;
   Room room;

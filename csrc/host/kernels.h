@@ -11,6 +11,10 @@
 
 namespace moe_ep {
 
+inline std::size_t scales_per_row(std::int64_t hidden) {
+  return (static_cast<std::size_t>(hidden) + kFp8Block - 1) / kFp8Block;
+}
+
 // One addend of a token's sum. Terms of one rank follow each other and are summed on their own first.
 struct ReduceTerm {
   const void* row;
@@ -25,9 +29,13 @@ struct Kernels {
   void (*fence)();
   // out[i] = sum over ranks of (sum over the rank's terms of weight * row[i]), in fp32, in the order given.
   void (*reduce)(Element element, const ReduceTerm* terms, std::size_t num_terms, void* out, std::size_t hidden);
+  // The same of rows that are fp32 whatever the element of `out` is.
+  void (*reduce_floats)(Element element, const ReduceTerm* terms, std::size_t num_terms, void* out, std::size_t hidden);
   // e4m3 with one scale per block of 128; see moe_ep_plugin/wire.py for the format.
   void (*quantize)(Element element, const void* row, std::size_t hidden, bool power_of_two, std::uint8_t* quantized,
                    float* scales);
+  // The fp32 products of such a row's elements and scales.
+  void (*dequantize)(const std::uint8_t* quantized, const float* scales, std::size_t hidden, float* row);
 };
 
 const Kernels& baseline_kernels();

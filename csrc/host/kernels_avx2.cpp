@@ -38,7 +38,7 @@ void fence() { _mm_sfence(); }
 }  // namespace
 
 const Kernels& avx2_kernels() {
-  static const Kernels table{"avx2", copy_row, fence, reduce, quantize};
+  static const Kernels table{"avx2", copy_row, fence, reduce, reduce_floats, quantize, dequantize};
   return table;
 }
 

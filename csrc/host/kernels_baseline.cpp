@@ -36,7 +36,7 @@ void fence() {
 }  // namespace
 
 const Kernels& baseline_kernels() {
-  static const Kernels table{"baseline", copy_row, fence, reduce, quantize};
+  static const Kernels table{"baseline", copy_row, fence, reduce, reduce_floats, quantize, dequantize};
   return table;
 }
 

@@ -108,17 +108,18 @@ inline void store_some(typename T::Storage* to, const Floats& value, std::size_t
   std::memcpy(to, padded, count * sizeof(typename T::Storage));
 }
 
-template <class T>
+// Rows of one element, their sum of another.
+template <class From, class To>
 void reduce_rows(const ReduceTerm* terms, std::size_t num_terms, void* out, std::size_t hidden) {
-  using Storage = typename T::Storage;
-  Storage* to = static_cast<Storage*>(out);
+  using Storage = typename From::Storage;
+  auto* to = static_cast<typename To::Storage*>(out);
   std::size_t column = 0;
   for (; column + 2 * kLanes <= hidden; column += 2 * kLanes) {
     Floats total0{}, total1{}, partial0{}, partial1{};
     for (std::size_t i = 0; i < num_terms; ++i) {
       const Storage* row = static_cast<const Storage*>(terms[i].row) + column;
-      const Floats product0 = T::load8(row) * terms[i].weight;
-      const Floats product1 = T::load8(row + kLanes) * terms[i].weight;
+      const Floats product0 = From::load8(row) * terms[i].weight;
+      const Floats product1 = From::load8(row + kLanes) * terms[i].weight;
       if (terms[i].starts_rank) {
         total0 += partial0;
         total1 += partial1;
@@ -129,15 +130,15 @@ void reduce_rows(const ReduceTerm* terms, std::size_t num_terms, void* out, std:
         partial1 += product1;
       }
     }
-    T::store8(to + column, total0 + partial0);
-    T::store8(to + column + kLanes, total1 + partial1);
+    To::store8(to + column, total0 + partial0);
+    To::store8(to + column + kLanes, total1 + partial1);
   }
   for (; column < hidden; column += kLanes) {
     const std::size_t count = hidden - column < kLanes ? hidden - column : kLanes;
     Floats total{}, partial{};
     for (std::size_t i = 0; i < num_terms; ++i) {
       const Storage* row = static_cast<const Storage*>(terms[i].row) + column;
-      const Floats product = load_some<T>(row, count) * terms[i].weight;
+      const Floats product = load_some<From>(row, count) * terms[i].weight;
       if (terms[i].starts_rank) {
         total += partial;
         partial = product;
@@ -145,18 +146,28 @@ void reduce_rows(const ReduceTerm* terms, std::size_t num_terms, void* out, std:
         partial += product;
       }
     }
-    store_some<T>(to + column, total + partial, count);
+    store_some<To>(to + column, total + partial, count);
   }
 }
 
 void reduce(Element element, const ReduceTerm* terms, std::size_t num_terms, void* out, std::size_t hidden) {
   switch (element) {
-    case Element::kFloat32: return reduce_rows<Float32>(terms, num_terms, out, hidden);
-    case Element::kBFloat16: return reduce_rows<BFloat16>(terms, num_terms, out, hidden);
-    case Element::kFloat16: return reduce_rows<Float16>(terms, num_terms, out, hidden);
+    case Element::kFloat32: return reduce_rows<Float32, Float32>(terms, num_terms, out, hidden);
+    case Element::kBFloat16: return reduce_rows<BFloat16, BFloat16>(terms, num_terms, out, hidden);
+    case Element::kFloat16: return reduce_rows<Float16, Float16>(terms, num_terms, out, hidden);
     case Element::kFloat8: break;
   }
   throw std::logic_error("reduce: no sum of fp8 rows");
+}
+
+void reduce_floats(Element element, const ReduceTerm* terms, std::size_t num_terms, void* out, std::size_t hidden) {
+  switch (element) {
+    case Element::kFloat32: return reduce_rows<Float32, Float32>(terms, num_terms, out, hidden);
+    case Element::kBFloat16: return reduce_rows<Float32, BFloat16>(terms, num_terms, out, hidden);
+    case Element::kFloat16: return reduce_rows<Float32, Float16>(terms, num_terms, out, hidden);
+    case Element::kFloat8: break;
+  }
+  throw std::logic_error("reduce_floats: no sum is fp8");
 }
 
 // e4m3 bits of values whose magnitude is at most 448; NaN gives 0x7f.
@@ -222,4 +233,25 @@ void quantize(Element element, const void* row, std::size_t hidden, bool power_o
     case Element::kFloat8: break;
   }
   throw std::logic_error("quantize: the rows are fp8 already");
+}
+
+inline Floats from_e4m3(const Bytes8& bytes) {
+  const Ints all = __builtin_convertvector(bytes, Ints);
+  const Ints sign = (all & 0x80) << 24;
+  const Ints magnitude = all & 0x7f;
+  const Ints normal = (magnitude << 20) + 0x3c000000;
+  const Ints denormal = bits_as<Ints>(Floats(__builtin_convertvector(magnitude, Floats) * 0x1p-9f));
+  Ints bits = magnitude < 8 ? denormal : normal;
+  bits = magnitude == 0x7f ? splat(0x7fc00000) : bits;
+  return bits_as<Floats>(Ints(bits | sign));
+}
+
+void dequantize(const std::uint8_t* quantized, const float* scales, std::size_t hidden, float* row) {
+  for (std::size_t column = 0; column < hidden; column += kLanes) {
+    const std::size_t count = hidden - column < kLanes ? hidden - column : kLanes;
+    Bytes8 bytes{};
+    std::memcpy(&bytes, quantized + column, count);
+    const Floats values = from_e4m3(bytes) * scales[column / kFp8Block];
+    std::memcpy(row + column, &values, count * sizeof(float));
+  }
 }

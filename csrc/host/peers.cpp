@@ -86,19 +86,28 @@ void Peers::signal_all(Step step, std::uint64_t sequence) {
   for (int i = 1; i <= num_ranks(); ++i) signal((rank_ + i) % num_ranks(), step, sequence);
 }
 
-bool Peers::reached(Step step, std::uint64_t sequence, int source) const {
-  return __atomic_load_n(flag(rank_, step, source), __ATOMIC_ACQUIRE) >= sequence;
+void Peers::wait(Step step, std::uint64_t sequence, const std::vector<int>& sources, const char* operation) {
+  const auto seen = [this, step](int source) { return __atomic_load_n(flag(rank_, step, source), __ATOMIC_ACQUIRE); };
+  const auto reached = [&seen, sequence](int source) { return seen(source) >= sequence; };
+  wait(Awaited{step, sequence, operation, reached, seen}, sources, Misses::kThrown);
 }
 
-void Peers::wait(Step step, std::uint64_t sequence, const std::vector<int>& sources, const char* operation) {
+void Peers::wait(const Awaited& awaited, const std::vector<int>& sources) { wait(awaited, sources, Misses::kThrown); }
+
+std::vector<int> Peers::wait_or_miss(const Awaited& awaited, std::vector<int> sources) {
+  return wait(awaited, std::move(sources), Misses::kReturned);
+}
+
+std::vector<int> Peers::wait(const Awaited& awaited, std::vector<int> sources, Misses misses) {
   auto* header = reinterpret_cast<HeapHeader*>(base(rank_));
+  std::vector<int> missed;
   std::size_t next = 0;
   const auto all_reached = [&] {
-    while (next < sources.size() && reached(step, sequence, sources[next])) ++next;
+    while (next < sources.size() && awaited.reached(sources[next])) ++next;
     return next == sources.size();
   };
   for (int spin = 0; spin <= spins_; ++spin) {
-    if (all_reached()) return;
+    if (all_reached()) return missed;
     relax();
   }
   const auto started = Clock::now();
@@ -114,40 +123,46 @@ void Peers::wait(Step step, std::uint64_t sequence, const std::vector<int>& sour
       if (until.count() > 0) futex_wait(&header->doorbell, seen, until);
     }
     __atomic_fetch_sub(&header->sleepers, 1, __ATOMIC_SEQ_CST);
-    if (done || all_reached()) return;
+    if (done || all_reached()) return missed;
     if (departed_.load()) throw Error(ErrorKind::kState, "the buffer was closed while an operation was in flight");
     const auto now = Clock::now();
     if (now < next_check && now < deadline) continue;
     next_check = now + kIdlePeriod;
-    const std::vector<int> missing(sources.begin() + static_cast<std::ptrdiff_t>(next), sources.end());
-    check_alive(step, sequence, missing, operation);
-    if (on_idle_) on_idle_();
-    if (now >= deadline && !all_reached()) {
-      fail(sources[next], step, sequence, operation, false, "its process is alive");
+    const bool late = now >= deadline;
+    std::vector<int> expected;
+    for (; next < sources.size(); ++next) {
+      const int source = sources[next];
+      const std::string why = gone(source);
+      // A peer may have done its part and left right after: look again before blaming it.
+      if ((why.empty() && !late) || awaited.reached(source)) {
+        expected.push_back(source);
+      } else if (misses == Misses::kReturned) {
+        missed.push_back(source);
+      } else {
+        fail(awaited, source, !why.empty(), why.empty() ? "its process is alive" : why);
+      }
     }
+    sources = std::move(expected);
+    next = 0;
+    if (on_idle_) on_idle_();
   }
 }
 
-void Peers::check_alive(Step step, std::uint64_t sequence, const std::vector<int>& sources, const char* operation) {
-  for (int source : sources) {
-    auto* departure = reinterpret_cast<Departure*>(base(rank_) + layout_.departure(static_cast<std::size_t>(source)));
-    const std::uint32_t state = __atomic_load_n(&departure->state, __ATOMIC_ACQUIRE);
-    const bool ended = watches_[static_cast<std::size_t>(source)].ended();
-    // A peer may have done its part and left right after: look at the flag again before blaming it.
-    if ((state == 0 && !ended) || reached(step, sequence, source)) continue;
-    std::string why;
-    if (state == 1) why = "it has closed its buffer";
-    if (state == 2) why = "it has failed: " + std::string(departure->text, strnlen(departure->text, kDepartureText));
-    if (state == 0) why = "its process has ended";
-    fail(source, step, sequence, operation, true, why);
-  }
+std::string Peers::gone(int source) const {
+  const auto* departure =
+      reinterpret_cast<const Departure*>(base(rank_) + layout_.departure(static_cast<std::size_t>(source)));
+  // The process first: what it said of its end is there when it has ended.
+  const bool ended = watches_[static_cast<std::size_t>(source)].ended();
+  const std::uint32_t state = __atomic_load_n(&departure->state, __ATOMIC_ACQUIRE);
+  if (state == 1) return "it has closed its buffer";
+  if (state == 2) return "it has failed: " + std::string(departure->text, strnlen(departure->text, kDepartureText));
+  return ended ? "its process has ended" : "";
 }
 
-void Peers::fail(int source, Step step, std::uint64_t sequence, const char* operation, bool lost,
-                 const std::string& why) const {
-  const std::uint64_t seen = __atomic_load_n(flag(rank_, step, source), __ATOMIC_ACQUIRE);
+void Peers::fail(const Awaited& awaited, int source, bool lost, const std::string& why) const {
   const std::int64_t pid = processes_[static_cast<std::size_t>(source)].pid;
-  const FailedWait wait{rank_, source, pid, step, operation, sequence, seen, !lost, timeout_s_};
+  const FailedWait wait{rank_, source,    pid, awaited.step, awaited.operation, awaited.sequence, awaited.seen(source),
+                        !lost, timeout_s_};
   throw Error(lost ? ErrorKind::kLost : ErrorKind::kTimeout, describe(wait, why));
 }
 

@@ -16,6 +16,15 @@ struct PeerProcess {
   std::int64_t pid;  // 0: a thread of this process, as in the protocol's stress test
 };
 
+// What is waited for: a step of an operation by several peers.
+struct Awaited {
+  Step step;
+  std::uint64_t sequence;
+  const char* operation;
+  std::function<bool(int source)> reached;        // acquires what the source wrote before
+  std::function<std::uint64_t(int source)> seen;  // the operation whose step the source has done, for a message
+};
+
 // The heaps of all ranks as this rank sees them, and the waiting on them.
 class Peers {
  public:
@@ -44,17 +53,26 @@ class Peers {
   void wait(Step step, std::uint64_t sequence, const std::vector<int>& sources, const char* operation);
   void wait_all(Step step, std::uint64_t sequence, const char* operation) { wait(step, sequence, all_, operation); }
 
+  // Waits until all `sources` have done what is awaited. Returns those of which no more is to be expected, where a
+  // wait would throw; all of them where that is told by the timeout.
+  std::vector<int> wait_or_miss(const Awaited& awaited, std::vector<int> sources);
+  // The same, but throws.
+  void wait(const Awaited& awaited, const std::vector<int>& sources);
+  [[noreturn]] void fail(const Awaited& awaited, int source, bool lost, const std::string& why) const;
+
+  // Wakes `reader` if it sleeps; call it after a store that it may wait for.
+  void ring(int reader);
+
   // Tells all peers that this rank takes part in nothing more: state 1 closed, 2 failed. Ends a wait of this
   // rank in another thread.
   void depart(std::uint32_t state, const std::string& text);
 
  private:
   std::uint64_t* flag(int reader, Step step, int source) const;
-  bool reached(Step step, std::uint64_t sequence, int source) const;
-  void check_alive(Step step, std::uint64_t sequence, const std::vector<int>& sources, const char* operation);
-  void ring(int reader);
-  [[noreturn]] void fail(int source, Step step, std::uint64_t sequence, const char* operation, bool lost,
-                         const std::string& why) const;
+  enum class Misses { kThrown, kReturned };
+  std::vector<int> wait(const Awaited& awaited, std::vector<int> sources, Misses misses);
+  // Why no more is to be expected of a source; empty: it may still do its part.
+  std::string gone(int source) const;
 
   int rank_;
   HeapLayout layout_;

@@ -16,19 +16,25 @@ constexpr std::size_t kCommitStep = std::size_t{2} << 20;
 
 }  // namespace
 
-Pool::Pool(Segment segment, const HeapLayout& layout)
+Pool::Pool(Segment segment, const HeapLayout& layout, const LowLayout& low)
     : segment_(std::move(segment)),
       layout_(layout),
+      low_(low),
       pool_committed_(layout.pool()),
       overflow_committed_(layout.overflow()) {
-  const int failure = segment_.commit(0, layout_.control_bytes());
-  if (failure != 0) {
-    throw Error(ErrorKind::kUnavailable, "no room for " + std::to_string(layout_.control_bytes()) + " bytes in " +
-                                             segment_.directory() + ": " + std::strerror(failure) +
-                                             "; enlarge that tmpfs, set shm_dir, or use backend='collective'");
-  }
+  take_at_once(0, layout_.control_bytes(), "bytes", "");
+  take_at_once(layout_.low(), layout_.total_bytes(), "bytes of low-latency slots",
+               "lower low_latency_tokens_per_rank, ");
   reinterpret_cast<HeapHeader*>(segment_.base())->magic = kHeapMagic;
   free_.give(layout_.pool(), layout_.pool_bytes);
+}
+
+void Pool::take_at_once(std::size_t begin, std::size_t end, const std::string& what, const std::string& remedy) {
+  const int failure = segment_.commit(begin, end);
+  if (failure == 0) return;
+  throw Error(ErrorKind::kUnavailable, "no room for " + std::to_string(end - begin) + " " + what + " in " +
+                                           segment_.directory() + ": " + std::strerror(failure) + "; " + remedy +
+                                           "enlarge that tmpfs, set shm_dir, or use backend='collective'");
 }
 
 int Pool::commit(std::size_t& committed, std::size_t end, std::size_t limit) {
@@ -86,7 +92,7 @@ std::size_t Pool::leased_bytes() const {
 
 int Pool::commit_overflow(std::size_t bytes) {
   std::lock_guard<std::mutex> lock(mutex_);
-  last_errno_ = commit(overflow_committed_, layout_.overflow() + bytes, layout_.total_bytes());
+  last_errno_ = commit(overflow_committed_, layout_.overflow() + bytes, layout_.low());
   return last_errno_;
 }
 

@@ -4,9 +4,11 @@
 #include <cstddef>
 #include <memory>
 #include <mutex>
+#include <string>
 
 #include "common/free_list.h"
 #include "common/heap_layout.h"
+#include "common/low_latency_layout.h"
 #include "host/segment.h"
 
 namespace moe_ep {
@@ -14,8 +16,9 @@ namespace moe_ep {
 // A rank's own segment and the leases of its pool. Lives as long as any lease does.
 class Pool : public std::enable_shared_from_this<Pool> {
  public:
-  // Takes memory for the control region; throws kUnavailable if there is none.
-  Pool(Segment segment, const HeapLayout& layout);
+  // Takes memory for the control region and for all of `low`, the layout of the low-latency region; throws
+  // kUnavailable if there is none.
+  Pool(Segment segment, const HeapLayout& layout, const LowLayout& low = {});
 
   // A block of the pool, given back when destroyed; any thread may do that.
   class Lease {
@@ -47,13 +50,17 @@ class Pool : public std::enable_shared_from_this<Pool> {
 
   const Segment& segment() const { return segment_; }
   const HeapLayout& layout() const { return layout_; }
+  const LowLayout& low() const { return low_; }
 
  private:
   void release(std::size_t offset, std::size_t bytes);
+  // Takes memory for [begin, end), or throws kUnavailable: no room for so many `what`.
+  void take_at_once(std::size_t begin, std::size_t end, const std::string& what, const std::string& remedy);
   int commit(std::size_t& committed, std::size_t end, std::size_t limit);
 
   Segment segment_;
   HeapLayout layout_;
+  LowLayout low_;
   mutable std::mutex mutex_;
   FreeList free_;
   std::size_t leased_ = 0;

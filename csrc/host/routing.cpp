@@ -1,12 +1,10 @@
 #include "host/routing.h"
 
 #include <algorithm>
-#include <string>
+#include <limits>
 #include <utility>
 
-#include "common/errors.h"
 #include "common/index.h"
-#include "common/peer_text.h"
 
 namespace moe_ep {
 namespace {
@@ -51,41 +49,6 @@ std::vector<std::int64_t> first_slots_by_rank(const RoutingRequest& request) {
   return first;
 }
 
-void add_entries(const Placement& placement, const RoutingRequest& request, Routing& routing) {
-  auto by_expert = first_slots_by_expert(placement, request);
-  auto by_rank = first_slots_by_rank(request);
-  const bool deduplicated = routing.rows_are_deduplicated();
-  routing.entry_begin.reserve(at(request.num_tokens + 1));
-  routing.entries.reserve(at(request.num_tokens * request.topk));
-  routing.entry_begin.push_back(0);
-  for (std::int64_t token = 0; token < request.num_tokens; ++token) {
-    const std::size_t first = routing.entries.size();
-    for (std::int64_t position = 0; position < request.topk; ++position) {
-      const std::int32_t expert = routing.expert_ids[at(token * request.topk + position)];
-      if (expert < 0) continue;
-      const std::int32_t rank = placement.rank_of_expert[at(expert)];
-      if (!deduplicated) {
-        const auto slot = static_cast<std::int32_t>(by_expert[at(expert)]++);
-        routing.entries.push_back(Entry{rank, slot, static_cast<std::int32_t>(position)});
-        continue;
-      }
-      const bool known = std::any_of(routing.entries.begin() + static_cast<std::ptrdiff_t>(first),
-                                     routing.entries.end(), [rank](const Entry& e) { return e.rank == rank; });
-      if (!known) routing.entries.push_back(Entry{rank, static_cast<std::int32_t>(by_rank[at(rank)]++), -1});
-    }
-    // Few entries and mostly in order: an insertion sort keeps equal ranks in top-k order.
-    for (std::size_t i = first + 1; i < routing.entries.size(); ++i) {
-      for (std::size_t j = i; j > first && routing.entries[j].rank < routing.entries[j - 1].rank; --j) {
-        std::swap(routing.entries[j], routing.entries[j - 1]);
-      }
-    }
-    for (std::size_t i = first; i < routing.entries.size(); ++i) {
-      routing.entries_to_peers += routing.entries[i].rank != request.rank;
-    }
-    routing.entry_begin.push_back(static_cast<std::int64_t>(routing.entries.size()));
-  }
-}
-
 void add_local_rows(const Placement& placement, const RoutingRequest& request, Routing& routing) {
   std::int64_t row = 0;
   for (std::int32_t expert : placement.experts_of_rank[at(request.rank)]) {
@@ -118,6 +81,8 @@ Placement::Placement(const std::vector<std::int32_t>& expert_to_rank, int num_ra
 
 LocalRoutes read_routes(const Placement& placement, int num_ranks, const std::int64_t* topk_idx,
                         std::int64_t num_tokens, std::int64_t topk) {
+  constexpr std::int64_t kFirst = std::numeric_limits<std::int32_t>::min();
+  constexpr std::int64_t kLast = std::numeric_limits<std::int32_t>::max();
   const auto num_experts = static_cast<std::int64_t>(placement.rank_of_expert.size());
   LocalRoutes routes;
   routes.expert_ids.reserve(at(num_tokens * topk));
@@ -126,10 +91,13 @@ LocalRoutes read_routes(const Placement& placement, int num_ranks, const std::in
   for (std::int64_t token = 0; token < num_tokens; ++token) {
     for (std::int64_t position = 0; position < topk; ++position) {
       const std::int64_t expert = topk_idx[token * topk + position];
+      routes.expert_ids.push_back(static_cast<std::int32_t>(std::clamp<std::int64_t>(expert, kFirst, kLast)));
       if (expert < -1 || expert >= num_experts) {
-        throw Error(ErrorKind::kConfig, describe_bad_route(token, position, expert, num_experts));
+        if (routes.bad_route != 0) continue;
+        routes.bad_route = token * topk + position + 1;
+        routes.bad_expert = expert;
+        continue;
       }
-      routes.expert_ids.push_back(static_cast<std::int32_t>(expert));
       if (expert == -1) continue;
       ++routes.counts.per_expert[at(expert)];
       const std::int32_t rank = placement.rank_of_expert[at(expert)];
@@ -138,6 +106,35 @@ LocalRoutes read_routes(const Placement& placement, int num_ranks, const std::in
     }
   }
   return routes;
+}
+
+void add_entries(const Placement& placement, int rank, NextSlots next, SentRows& sent) {
+  sent.entry_begin.reserve(at(sent.num_tokens + 1));
+  sent.entries.reserve(at(sent.num_tokens * sent.topk));
+  sent.entry_begin.push_back(0);
+  for (std::int64_t token = 0; token < sent.num_tokens; ++token) {
+    const std::size_t first = sent.entries.size();
+    for (std::int64_t position = 0; position < sent.topk; ++position) {
+      const std::int32_t expert = sent.expert_ids[at(token * sent.topk + position)];
+      if (expert < 0) continue;
+      const std::int32_t to = placement.rank_of_expert[at(expert)];
+      std::int64_t& slot = next.slots[at(next.deduplicated ? to : expert)];
+      const bool known =
+          next.deduplicated && std::any_of(sent.entries.begin() + static_cast<std::ptrdiff_t>(first),
+                                           sent.entries.end(), [to](const Entry& e) { return e.rank == to; });
+      if (known || slot < 0) continue;
+      sent.entries.push_back(
+          Entry{to, static_cast<std::int32_t>(slot++), next.deduplicated ? -1 : static_cast<std::int32_t>(position)});
+    }
+    // Few entries and mostly in order: an insertion sort keeps equal ranks in top-k order.
+    for (std::size_t i = first + 1; i < sent.entries.size(); ++i) {
+      for (std::size_t j = i; j > first && sent.entries[j].rank < sent.entries[j - 1].rank; --j) {
+        std::swap(sent.entries[j], sent.entries[j - 1]);
+      }
+    }
+    for (std::size_t i = first; i < sent.entries.size(); ++i) sent.entries_to_peers += sent.entries[i].rank != rank;
+    sent.entry_begin.push_back(static_cast<std::int64_t>(sent.entries.size()));
+  }
 }
 
 std::int64_t exact_rows(const Placement& placement, const RoutingRequest& request, int rank) {
@@ -167,7 +164,9 @@ Routing make_routing(const Placement& placement, const RoutingRequest& request, 
     }
   }
   add_local_rows(placement, request, routing);
-  add_entries(placement, request, routing);
+  const bool deduplicated = routing.rows_are_deduplicated();
+  NextSlots next{deduplicated, deduplicated ? first_slots_by_rank(request) : first_slots_by_expert(placement, request)};
+  add_entries(placement, request.rank, std::move(next), routing);
   return routing;
 }
 

@@ -31,20 +31,24 @@ struct Counts {
   std::vector<std::int32_t> per_rank;
 };
 
-// The routing state of a dispatch, kept by its handle.
-struct Routing {
-  std::int64_t id = 0;  // sequence number of the dispatch that made it: equal on all ranks
-  RowLayout layout = RowLayout::kExpert;
-  bool two_stage = false;  // layout expert made from rank-major rows by a local pass
+// The tokens that a rank sends, and where each of their rows goes.
+struct SentRows {
   std::int64_t num_tokens = 0;
   std::int64_t topk = 0;
-  std::int64_t max_recv_rows = -1;
-
   std::vector<std::int32_t> expert_ids;  // [num_tokens, topk]
   // Entries of token t: [entry_begin[t], entry_begin[t + 1]), ranks ascending, then positions ascending.
   std::vector<std::int64_t> entry_begin;
   std::vector<Entry> entries;
-  std::int64_t entries_to_peers = 0;       // entries whose rank is another one
+  std::int64_t entries_to_peers = 0;  // entries whose rank is another one
+};
+
+// The routing state of a dispatch, kept by its handle.
+struct Routing : SentRows {
+  std::int64_t id = 0;  // sequence number of the dispatch that made it: equal on all ranks
+  RowLayout layout = RowLayout::kExpert;
+  bool two_stage = false;  // layout expert made from rank-major rows by a local pass
+  std::int64_t max_recv_rows = -1;
+
   std::vector<std::int64_t> rows_at_rank;  // rows of every rank's receive block, padding included
 
   std::int64_t num_rows = 0;      // rows returned to this rank's caller
@@ -68,11 +72,23 @@ struct Routing {
 struct LocalRoutes {
   std::vector<std::int32_t> expert_ids;
   Counts counts;
+  // The first id outside [-1, num_experts): 1 + its flat index (0: there is none), and the id. Such ids are not
+  // counted, and cut to 32 bits above.
+  std::int64_t bad_route = 0;
+  std::int64_t bad_expert = 0;
 };
 
-// Throws kConfig for an id outside [-1, num_experts).
 LocalRoutes read_routes(const Placement& placement, int num_ranks, const std::int64_t* topk_idx,
                         std::int64_t num_tokens, std::int64_t topk);
+
+// The next free slot for a row of each expert or, deduplicated, for each rank's; -1: nothing is sent there.
+struct NextSlots {
+  bool deduplicated;
+  std::vector<std::int64_t> slots;
+};
+
+// Fills in the entries of `sent`, whose tokens and ids are there, from the slots that are free at their ranks.
+void add_entries(const Placement& placement, int rank, NextSlots next, SentRows& sent);
 
 struct RoutingRequest {
   std::int64_t id;

@@ -12,12 +12,22 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from ..config import EpConfig
-    from ..handle import DispatchHandle
+    from ..handle import DispatchHandle, LowLatencyHandle
     from ..routing import ExpertPlacement
-    from ..types import CombineOutput, DispatchOutput, Event, Layout, Wire
+    from ..types import (
+        CombineOutput,
+        DispatchOutput,
+        Event,
+        Layout,
+        LowLatencyCombineOutput,
+        LowLatencyDispatchOutput,
+        Wire,
+    )
 
 
 # Made at every call, and frozen dataclasses take long to make.
@@ -74,6 +84,51 @@ class CombineRequest:
     num_sms: int | None = None
     async_op: bool = False
     previous_event: Event | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class LowLatencyDispatchRequest:
+    """Validated arguments of a low-latency dispatch; tensors are contiguous and on the buffer's device.
+
+    Attributes:
+        x, scale, topk_idx, wire, num_sms: As in :class:`DispatchRequest`.
+        topk_weights: fp32 [num_tokens, num_topk] or None; layout ``"rank"`` only.
+        sequence: Number of this dispatch, from 1; it uses buffer ``sequence % 2``.
+        async_op: Send now and receive later; otherwise both in one launch, where there are launches.
+    """
+
+    x: torch.Tensor
+    scale: torch.Tensor | None
+    topk_idx: torch.Tensor
+    topk_weights: torch.Tensor | None
+    wire: Wire
+    sequence: int
+    num_sms: int | None = None
+    async_op: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class LowLatencyCombineRequest:
+    """Validated arguments of a low-latency combine; tensors are contiguous and on the buffer's device.
+
+    Attributes:
+        rows: [num_local_experts, capacity, hidden] or, in layout ``"rank"``, [capacity, hidden].
+        topk_idx: int64 [num_tokens, num_topk], as dispatched but for -1 in place of routes to leave out.
+        topk_weights: fp32 [num_tokens, num_topk], or None for a plain sum; layout ``"expert"`` only.
+        handle: The dispatch to reverse.
+        out: [num_tokens, hidden] of the dtype of ``rows`` to write the sums to, or None.
+        wire: How rows cross: as they are, or quantised to FP8.
+        num_sms, async_op: As in :class:`LowLatencyDispatchRequest`.
+    """
+
+    rows: torch.Tensor
+    topk_idx: torch.Tensor
+    topk_weights: torch.Tensor | None
+    handle: LowLatencyHandle
+    out: torch.Tensor | None
+    wire: Wire
+    num_sms: int | None = None
+    async_op: bool = False
 
 
 @dataclass
@@ -147,6 +202,38 @@ class Backend(ABC):
     @abstractmethod
     def empty_rows(self, handle: DispatchHandle, dtype: torch.dtype) -> torch.Tensor:
         """Uninitialised [handle.num_rows, hidden] that a combine can read without a copy, if any can."""
+
+    @abstractmethod
+    def low_latency_dispatch(self, request: LowLatencyDispatchRequest) -> Callable[[], LowLatencyDispatchOutput]:
+        """Send rows to fixed slots. What is returned receives; it is called once, maybe on another stream."""
+
+    @abstractmethod
+    def low_latency_combine(self, request: LowLatencyCombineRequest) -> Callable[[], LowLatencyCombineOutput]:
+        """Make rows readable by peers. What is returned gathers and sums them, in the order of :meth:`combine`.
+
+        In layout ``"expert"`` the products are of rows and ``request.topk_weights``. On the FP8 wire a row's element
+        is first dequantised and rounded to fp32.
+        """
+
+    @abstractmethod
+    def low_latency_rows(self, handle: LowLatencyHandle, dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised rows for a combine of ``handle``, which it reads in place if the backend can."""
+
+    @abstractmethod
+    def reads_in_place(self, rows: torch.Tensor, handle: LowLatencyHandle) -> bool:
+        """Whether ``rows`` are those of :meth:`low_latency_rows` and a combine of ``handle`` copies nothing."""
+
+    @abstractmethod
+    def low_latency_held(self, index: int) -> bool:
+        """Whether some tensor that lies in buffer ``index`` is alive."""
+
+    @abstractmethod
+    def mask_ranks(self, ranks: tuple[int, ...]) -> None:
+        """Leave these ranks out of the low-latency operations that follow."""
+
+    @abstractmethod
+    def masked_ranks(self) -> tuple[int, ...]:
+        """Ranks that are left out, ascending; waits for the operations under way."""
 
     @abstractmethod
     def check(self) -> None:

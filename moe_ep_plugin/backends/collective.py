@@ -18,14 +18,12 @@ from ..errors import CapacityError, ConfigError, PeerMismatch, PeerTimeout
 from ..handle import DispatchHandle
 from ..types import CombineOutput, DispatchOutput, DoneEvent, Event, Layout
 from ..wire import quantize_blocks
-from .base import Backend, BackendContext, CombineRequest, DispatchRequest
-
-_HEADER = ("operation", "sequence", "layout", "row_bytes", "has_scale", "has_weights", "handle", "max_recv")
-_COMPARED = len(_HEADER) - 1
+from .base import BackendContext, CombineRequest, DispatchRequest
+from .collective_low_latency import ELEMENTS, CollectiveLowLatency, Header
 
 
 @dataclass(frozen=True)
-class _State:
+class RoutingTables:
     """Routing tables of one handle.
 
     Entries are what this rank sends, sorted by (rank, token, top-k position): one per (token, position)
@@ -45,13 +43,13 @@ class _State:
     """Number of the dispatch that made the routing: equal on all ranks."""
 
 
-class CollectiveBackend(Backend):
+class CollectiveBackend(CollectiveLowLatency):
     """See the module's text. Up to three small all-gathers and four all-to-alls an operation."""
 
     name = "collective"
 
     def __init__(self, context: BackendContext) -> None:
-        self._c = context
+        super().__init__(context)
         self._sequence = 0
         self._timeout = timedelta(seconds=context.config.timeout_s)
         self._rank_of = torch.tensor(context.placement.expert_to_rank)
@@ -130,12 +128,12 @@ class CollectiveBackend(Backend):
     def _rank_on(self, device: torch.device) -> torch.Tensor:
         return self._rank_of.to(device)
 
-    def _held_there(self, state: _State) -> torch.Tensor:
+    def _held_there(self, state: RoutingTables) -> torch.Tensor:
         """Bool [num_entries, num_topk]: whether an expert of the entry's token lives on the entry's rank."""
         idx = state.topk_idx[state.entry_token]
         return (self._rank_on(idx.device)[idx] == state.entry_rank[:, None]) & (idx >= 0)
 
-    def _route(self, request: DispatchRequest, rows: torch.Tensor) -> tuple[_State, torch.Tensor]:
+    def _route(self, request: DispatchRequest, rows: torch.Tensor) -> tuple[RoutingTables, torch.Tensor]:
         idx = request.topk_idx
         assert idx is not None
         num_experts = self._c.config.num_experts
@@ -168,7 +166,7 @@ class CollectiveBackend(Backend):
         local_ids = torch.where(idx >= 0, self._local_of.to(idx.device)[idx], -1)
         # Enough of a state to send with; the rows that arrive complete it.
         unplaced = idx.new_empty(0)
-        partial = _State(
+        partial = RoutingTables(
             entry_rank,
             entry_token,
             entry_position,
@@ -209,7 +207,7 @@ class CollectiveBackend(Backend):
         row[order] = torch.arange(len(order), device=order.device) - first_recv[expert] + first_row[expert]
         return row
 
-    def _make_handle(self, request: DispatchRequest, state: _State, counts: torch.Tensor) -> DispatchHandle:
+    def _make_handle(self, request: DispatchRequest, state: RoutingTables, counts: torch.Tensor) -> DispatchHandle:
         assert request.topk_idx is not None
         local = self._local_counts(counts, self._c.rank)
         exact = int(self._aligned(local, "expert").sum()) if request.layout == "expert" else sum(state.recv_splits)
@@ -226,14 +224,14 @@ class CollectiveBackend(Backend):
             state=state,
         )
 
-    def _output_idx(self, state: _State, handle: DispatchHandle) -> torch.Tensor:
+    def _output_idx(self, state: RoutingTables, handle: DispatchHandle) -> torch.Tensor:
         assert state.recv_topk_idx is not None
         out = torch.full((handle.num_rows, handle.num_topk), -1, device=state.recv_topk_idx.device)
         out[: len(state.recv_topk_idx)] = state.recv_topk_idx
         return out
 
     def _ordered_sum(
-        self, back: torch.Tensor, weights: torch.Tensor | None, state: _State, num_tokens: int
+        self, back: torch.Tensor, weights: torch.Tensor | None, state: RoutingTables, num_tokens: int
     ) -> torch.Tensor:
         """fp32 [num_tokens, hidden]: per-rank partial sums in top-k order, then added rank by rank."""
         products = back.float() if weights is None else back.float() * weights[:, None]
@@ -256,34 +254,47 @@ class CollectiveBackend(Backend):
         self, request: DispatchRequest | CombineRequest, rows: torch.Tensor, per_expert: torch.Tensor | None
     ) -> torch.Tensor:
         """Compare what all ranks are about to do and return their per-expert counts."""
-        self._sequence += 1
-        num_experts = self._c.config.num_experts
+        handle, limit = request.handle, None
         if isinstance(request, DispatchRequest):
-            layout, limit = request.layout, request.max_recv_tokens
-            origin = 0 if request.handle is None else request.handle.state.origin
+            layout, limit, idx = request.layout, request.max_recv_tokens, request.topk_idx
             kind, has_scale, weights = 0, rows.dtype.itemsize == 1, request.topk_weights is not None
         else:
-            layout, limit, origin = request.handle.layout, None, request.handle.state.origin
+            layout, idx = request.handle.layout, None
             kind, has_scale, weights = 1, request.row_values is not None, request.row_weights is not None
-        layout_code = ("expert", "rank").index(layout)
-        header = [kind, self._sequence, layout_code, rows.shape[1] * rows.dtype.itemsize, has_scale, weights, origin]
-        header.append(-1 if limit is None else limit)
-        mine = torch.zeros(len(_HEADER) + num_experts, dtype=torch.long)
-        mine[: len(_HEADER)] = torch.tensor([int(h) for h in header])
+        header = Header(
+            operation=kind,
+            layout=("expert", "rank").index(layout),
+            row_bytes=rows.shape[1] * rows.dtype.itemsize,
+            element=ELEMENTS.index(rows.dtype),
+            topk=idx.shape[1] if idx is not None else handle.num_topk if handle is not None else 0,
+            has_scale=has_scale,
+            has_weights=weights,
+            handle=0 if handle is None else handle.state.origin,
+        )
+        own, counts = self._agree(header, (-1 if limit is None else limit, 0), per_expert)
+        if isinstance(request, DispatchRequest) and request.handle is None:
+            self._check_capacity([limit for limit, _ in own], counts, layout, request)
+        return counts
+
+    def _agree(
+        self, header: Header, own: tuple[int, int], per_expert: torch.Tensor | None
+    ) -> tuple[list[list[int]], torch.Tensor]:
+        self._sequence += 1
+        compared = {**header._asdict(), "sequence": self._sequence}
+        words = [*map(int, compared.values()), *own]
+        mine = torch.zeros(len(words) + self._c.config.num_experts, dtype=torch.long)
+        mine[: len(words)] = torch.tensor(words)
         if per_expert is not None:
-            mine[len(_HEADER) :] = per_expert
+            mine[len(words) :] = per_expert
         everyone = self._all_gather(mine)
         for rank, other in enumerate(everyone):
-            for name, theirs, ours in zip(_HEADER[:_COMPARED], other.tolist(), mine.tolist(), strict=False):
+            for name, theirs, ours in zip(compared, other.tolist(), words, strict=False):
                 if theirs != ours:
                     raise PeerMismatch(
                         f"rank {rank} differs from rank {self._c.rank} at operation {self._sequence}: {name} is "
                         f"{theirs} there and {ours} here; call the same operations in the same order on every rank"
                     )
-        counts = everyone[:, len(_HEADER) :]
-        if isinstance(request, DispatchRequest) and request.handle is None:
-            self._check_capacity(everyone[:, _COMPARED].tolist(), counts, layout, request)
-        return counts
+        return everyone[:, len(compared) : len(words)].tolist(), everyone[:, len(words) :]
 
     def _check_capacity(
         self, limits: list[int], counts: torch.Tensor, layout: Layout, request: DispatchRequest
@@ -361,13 +372,13 @@ class CollectiveBackend(Backend):
         self._c.stats.bytes_to_peers += sent_away * width
         return out
 
-    def _send(self, entries: torch.Tensor, state: _State) -> torch.Tensor:
+    def _send(self, entries: torch.Tensor, state: RoutingTables) -> torch.Tensor:
         return self._all_to_all(entries, state.send_splits, state.recv_splits)
 
-    def _send_back(self, entries: torch.Tensor, state: _State) -> torch.Tensor:
+    def _send_back(self, entries: torch.Tensor, state: RoutingTables) -> torch.Tensor:
         return self._all_to_all(entries, state.recv_splits, state.send_splits)
 
-    def _place(self, received: torch.Tensor, state: _State, num_rows: int) -> torch.Tensor:
+    def _place(self, received: torch.Tensor, state: RoutingTables, num_rows: int) -> torch.Tensor:
         out = torch.zeros((num_rows, *received.shape[1:]), dtype=received.dtype, device=received.device)
         if received.dtype.itemsize == 1:
             out.view(torch.uint8)[state.row_of_recv] = received.view(torch.uint8)

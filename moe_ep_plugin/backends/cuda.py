@@ -19,6 +19,7 @@ from ..types import CombineOutput, DispatchOutput
 from ..wire import FP8_DTYPE, num_scales
 from .base import BackendContext, CombineRequest, DispatchRequest
 from .cuda_choices import LINK_SHARE, check_sms, default_num_sms, direct_moves_fewer_bytes
+from .cuda_low_latency import CudaLowLatency
 from .gpu_tensors import CurrentStream, GpuEvent, aligned, array, from_bytes
 from .heap import ELEMENT_CODES, LAYOUT_CODES, HeapBackend, address_of, machine_id, made_by_all, on_one_machine
 
@@ -40,7 +41,7 @@ class _State:
     stream: torch.cuda.Stream
 
 
-class CudaBackend(HeapBackend):
+class CudaBackend(CudaLowLatency, HeapBackend):
     """See the module's text; made by :meth:`connect`."""
 
     name = "cuda"
@@ -96,6 +97,8 @@ class CudaBackend(HeapBackend):
                     num_experts=config.num_experts,
                     pool_bytes=plan.pool,
                     overflow_bytes=plan.overflow,
+                    low_receive_bytes=plan.low_latency.receive if plan.low_latency else 0,
+                    low_rows_bytes=plan.low_latency.rows if plan.low_latency else 0,
                 )
                 mine |= {
                     "machine": machine_id(),
@@ -130,6 +133,9 @@ class CudaBackend(HeapBackend):
                     timeout_s=float(config.timeout_s),
                     default_sms=config.num_sms or default_num_sms(mine["device_sms"], sharing),
                     ranks_on_device=sharing,
+                    low_tokens=config.low_latency_tokens_per_rank or 0,
+                    low_layout=LAYOUT_CODES[config.low_latency_layout],
+                    mask_on_timeout=config.mask_on_timeout,
                 )
 
         communicator = made_by_all(context, cls.name, connected)
@@ -343,10 +349,6 @@ class CudaBackend(HeapBackend):
 
     def _bytes(self, count: int, run: torch.cuda.Stream, home: torch.cuda.Stream) -> torch.Tensor:
         return self._empty((max(1, count),), torch.uint8, run, home)
-
-    @property
-    def _num_local_experts(self) -> int:
-        return len(self._c.placement.experts_of_rank[self._c.rank])
 
     def _received(self, result: Any, run: torch.cuda.Stream, home: torch.cuda.Stream) -> Any:
         """The received block: the lease itself, or a copy as bytes where the pool is used up."""

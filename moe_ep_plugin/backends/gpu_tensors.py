@@ -91,7 +91,7 @@ def _exchanges_fp8() -> bool:
 if _exchanges_fp8():
     _DLPACK[FP8_DTYPE] = (10, 8)
 
-Shape = tuple[int] | tuple[int, int]
+Shape = tuple[int] | tuple[int, int] | tuple[int, int, int]
 
 
 def array(block: Any, offset: int, dtype: torch.dtype, shape: Shape) -> torch.Tensor:
@@ -116,7 +116,7 @@ def _tensor(block: torch.Tensor, offset: int, dtype: torch.dtype, shape: Shape) 
     """A tensor over part of a block of bytes, which it keeps alive."""
     if math.prod(shape) == 0:
         return torch.empty(shape, dtype=dtype, device=block.device)
-    strides = (shape[1], 1) if len(shape) == 2 else (1,)
+    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     return torch.empty(0, dtype=dtype, device=block.device).set_(
         block.untyped_storage(), (block.storage_offset() + offset) // dtype.itemsize, shape, strides
     )

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from .._extension import load_host
 from ..errors import BackendUnavailable
-from ..handle import DispatchHandle
-from ..types import CombineOutput, DispatchOutput, DoneEvent
+from ..handle import DispatchHandle, LowLatencyHandle
+from ..types import CombineOutput, DispatchOutput, DoneEvent, LowLatencyCombineOutput, LowLatencyDispatchOutput
 from ..wire import FP8_DTYPE, num_scales
-from .base import BackendContext, CombineRequest, DispatchRequest
+from .base import (
+    BackendContext,
+    CombineRequest,
+    DispatchRequest,
+    LowLatencyCombineRequest,
+    LowLatencyDispatchRequest,
+)
 from .heap import ELEMENT_CODES, LAYOUT_CODES, HeapBackend, address_of, machine_id, made_by_all, on_one_machine
 
 
@@ -60,6 +68,8 @@ class HostBackend(HeapBackend):
                 num_experts=config.num_experts,
                 pool_bytes=plan.pool,
                 overflow_bytes=plan.overflow,
+                low_receive_bytes=plan.low_latency.receive if plan.low_latency else 0,
+                low_rows_bytes=plan.low_latency.rows if plan.low_latency else 0,
             )
             _check_room(config.shm_dir, wanted=2 * plan.largest_block)
             mine |= {"machine": machine_id(), "address": heap.address()}
@@ -79,6 +89,9 @@ class HostBackend(HeapBackend):
                 two_stage=config.expand == "two_stage",
                 num_threads=_threads(context),
                 timeout_s=float(config.timeout_s),
+                low_tokens=config.low_latency_tokens_per_rank or 0,
+                low_layout=LAYOUT_CODES[config.low_latency_layout],
+                mask_on_timeout=config.mask_on_timeout,
             )
 
         communicator = made_by_all(context, cls.name, connected)
@@ -151,8 +164,116 @@ class HostBackend(HeapBackend):
         """A lease of the heap, or ordinary memory where the pool is used up."""
         return self._leased((handle.num_rows, self._c.config.hidden), dtype)
 
+    def low_latency_dispatch(self, request: LowLatencyDispatchRequest) -> Callable[[], LowLatencyDispatchOutput]:
+        """See :class:`Backend`. Sent when this returns; what is returned waits for the rows of peers."""
+        config, x = self._c.config, request.x
+        quantize = request.wire == "fp8" and request.scale is None
+        routing = self._connected().send_low_latency_dispatch(
+            x=x.data_ptr(),
+            element=ELEMENT_CODES[x.dtype],
+            scales=address_of(request.scale),
+            num_tokens=x.shape[0],
+            hidden=config.hidden,
+            topk_idx=request.topk_idx.data_ptr(),
+            topk=request.topk_idx.shape[1],
+            weights=address_of(request.topk_weights),
+            quantize=quantize,
+            power_of_two=config.power_of_two_scales,
+            index=request.sequence % 2,
+        )
+        self._c.stats.bytes_to_peers += routing.bytes_to_peers
+        dtype = FP8_DTYPE if quantize or request.scale is not None else x.dtype
+        has_weights = request.topk_weights is not None
+        num_tokens, num_topk = request.topk_idx.shape
+        handle = LowLatencyHandle(
+            layout=config.low_latency_layout,
+            num_tokens=num_tokens,
+            num_topk=num_topk,
+            capacity=self._low_latency_shape()[-2],
+            sequence=request.sequence,
+            buffer_id=self._c.buffer_id,
+            state=routing,
+        )
+        return partial(self._low_latency_receive, handle, dtype, has_weights)
+
+    def low_latency_combine(self, request: LowLatencyCombineRequest) -> Callable[[], LowLatencyCombineOutput]:
+        """See :class:`Backend`."""
+        config, handle, rows = self._c.config, request.handle, request.rows
+        out = self._leased((handle.num_tokens, config.hidden), rows.dtype) if request.out is None else request.out
+        lost_weights = torch.empty(handle.num_tokens)
+        combine = self._connected().send_low_latency_combine(
+            rows=rows.data_ptr(),
+            element=ELEMENT_CODES[rows.dtype],
+            hidden=config.hidden,
+            routing=handle.state,
+            topk_idx=request.topk_idx.data_ptr(),
+            weights=address_of(request.topk_weights),
+            quantize=request.wire == "fp8",
+            power_of_two=config.power_of_two_scales,
+            out=out.data_ptr(),
+            lost_weights=lost_weights.data_ptr(),
+        )
+        self._c.stats.staged += combine.staged
+
+        return partial(self._low_latency_gather, request, combine, LowLatencyCombineOutput(out, lost_weights))
+
+    def low_latency_rows(self, handle: LowLatencyHandle, dtype: torch.dtype) -> torch.Tensor:
+        """See :class:`Backend`."""
+        return _tensor(self._connected().low_latency_rows(handle.index), 0, dtype, self._low_latency_shape())
+
+    def reads_in_place(self, rows: torch.Tensor, handle: LowLatencyHandle) -> bool:
+        """See :class:`Backend`."""
+        return rows.data_ptr() == self.low_latency_rows(handle, rows.dtype).data_ptr()
+
+    def low_latency_held(self, index: int) -> bool:
+        """See :class:`Backend`."""
+        held: bool = self._connected().low_latency_held(index)
+        return held
+
+    def mask_ranks(self, ranks: tuple[int, ...]) -> None:
+        """See :class:`Backend`."""
+        self._connected().mask_ranks(ranks)
+
+    def masked_ranks(self) -> tuple[int, ...]:
+        """See :class:`Backend`."""
+        return tuple(self._connected().masked_ranks())
+
     def check(self) -> None:
         """Nothing is under way between calls."""
+
+    def _low_latency_shape(self) -> tuple[int, ...]:
+        """Of the rows in a buffer of low-latency mode."""
+        config = self._c.config
+        capacity = self._c.num_ranks * (config.low_latency_tokens_per_rank or 0)
+        local = (len(self._c.placement.experts_of_rank[self._c.rank]),)
+        return (*(local if config.low_latency_layout == "expert" else ()), capacity, config.hidden)
+
+    def _low_latency_receive(
+        self, handle: LowLatencyHandle, dtype: torch.dtype, has_weights: bool
+    ) -> LowLatencyDispatchOutput:
+        routing = handle.state
+        block, counts = self._connected().receive_low_latency_dispatch(routing)
+        shape = self._low_latency_shape()
+        blocks, scale = num_scales(self._c.config.hidden), None
+        num_local_experts = len(self._c.placement.experts_of_rank[self._c.rank])
+        if dtype == FP8_DTYPE:
+            # Stored [..., blocks, capacity].
+            stored = (*shape[:-2], blocks, handle.capacity)
+            scale = _tensor(block, routing.scales_offset, torch.float32, stored).transpose(-1, -2)
+        topk_idx = topk_weights = None
+        if handle.layout == "rank":
+            routes = (handle.capacity, handle.num_topk)
+            topk_idx = _tensor(block, routing.indices_offset, torch.int64, routes)
+            topk_weights = _tensor(block, routing.weights_offset, torch.float32, routes) if has_weights else None
+        return LowLatencyDispatchOutput(
+            x=_tensor(block, 0, dtype, shape),
+            scale=scale,
+            tokens_per_expert=_tensor(counts, 0, torch.int32, (num_local_experts,)),
+            num_received=_tensor(counts, 4 * num_local_experts, torch.int32, (1,)),
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+            handle=handle,
+        )
 
     def _leased(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         block = self._connected().lease(max(1, math.prod(shape) * dtype.itemsize))
@@ -175,6 +296,14 @@ class HostBackend(HeapBackend):
         if handle.layout == "rank":
             return handle.tokens_per_expert.clone()
         return self._aligned_counts(handle.tokens_per_expert)
+
+    def _low_latency_gather(
+        self, request: LowLatencyCombineRequest, combine: Any, output: LowLatencyCombineOutput
+    ) -> LowLatencyCombineOutput:
+        # The request keeps what is read here: rows in place, and weights.
+        self._connected().receive_low_latency_combine(combine)
+        self._c.stats.bytes_to_peers += combine.bytes_to_peers
+        return output
 
 
 def _tensor(block: Any, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,0 +1,424 @@
+// Low-latency combine: tell peers that this rank's rows are there, read every token's rows where they lie, and sum them
+// with the token's own weights. Nothing is told after the reads: a rank's rows are written again only after its next
+// dispatch into the same buffer, for which every peer has to have come past this combine.
+#include "cuda/launch.h"
+#include "cuda/low_copy.cuh"
+#include "cuda/low_words.cuh"
+#include "cuda/reduce.cuh"
+
+namespace moe_ep {
+namespace gpu {
+namespace {
+
+constexpr Operation kOperation = Operation::kLowCombine;
+constexpr LowKind kKind = LowKind::kCombine;
+
+struct LowCombineShared {
+  const std::uint8_t** rows;     // [num_ranks]
+  std::uint64_t* barriers;       // [warps][stages]
+  std::uint64_t* copy_barriers;  // [kWarps][kCopyStages]
+  float* scales;                 // [kWarps][kMostScalesAChunk]
+  std::int32_t* ends;            // [num_local_experts]
+  std::uint8_t* masked;          // [num_ranks]
+  std::uint8_t* lost;            // [num_ranks]
+  std::uint8_t* stages;          // rings of both parts: one is done with when the other begins
+
+  __host__ __device__ static std::size_t fixed_bytes(const LowCombineParams& params) {
+    const std::size_t ranks = static_cast<std::size_t>(params.low.group.num_ranks);
+    const std::size_t words = ranks + static_cast<std::size_t>(params.pipeline.warps * params.pipeline.stages);
+    return align_up(words * sizeof(void*) + CopyRing::kSideBytes +
+                        (static_cast<std::size_t>(params.low.num_local_experts) + 1) * sizeof(std::int32_t) + 2 * ranks,
+                    128);
+  }
+  __host__ static std::size_t bytes(const LowCombineParams& params) {
+    const bool reduces = params.pipeline.use_bulk && (params.halves & kLowReceive) != 0;
+    const std::size_t stage = static_cast<std::size_t>(params.topk) * params.pipeline.chunk_bytes;
+    const std::size_t ring = reduces ? stage * params.pipeline.warps * params.pipeline.stages : 0;
+    const std::size_t copy = params.pipeline.use_bulk && params.rows != nullptr ? CopyRing::kBytes : 0;
+    return fixed_bytes(params) + (ring > copy ? ring : copy);
+  }
+  __device__ LowCombineShared(std::uint8_t* base, const LowCombineParams& params) {
+    const int ranks = params.low.group.num_ranks;
+    rows = reinterpret_cast<const std::uint8_t**>(base);
+    barriers = reinterpret_cast<std::uint64_t*>(rows + ranks);
+    copy_barriers = barriers + params.pipeline.warps * params.pipeline.stages;
+    scales = reinterpret_cast<float*>(copy_barriers + kWarps * kCopyStages);
+    ends = reinterpret_cast<std::int32_t*>(scales + kWarps * kMostScalesAChunk);
+    masked = reinterpret_cast<std::uint8_t*>(ends + params.low.num_local_experts + 1);
+    lost = masked + ranks;
+    stages = base + fixed_bytes(params);
+  }
+};
+
+// A row of a token that is summed, and its weight.
+struct LowEntry {
+  std::int32_t slot;
+  std::int16_t rank;  // -1: none
+  float factor;
+};
+
+// See ReduceJob. Routes of ranks that are lost, and those that the caller leaves out, are passed over.
+struct LowJob {
+  const LowCombineParams& params;
+  const std::uint8_t* lost;  // [num_ranks], in shared memory
+  std::int64_t num_tokens;
+  std::int32_t topk;
+  std::int32_t most_entries;
+  std::int32_t hidden;
+  const std::uint8_t* const* rows;  // [num_ranks], in shared memory
+  std::uint8_t* out;
+
+  using LaneEntry = LowEntry;
+
+  __device__ LowEntry entry(const ItemCursor& item) const {
+    return item.valid() ? entry_of(item.token) : LowEntry{-1, -1, 0.0f};
+  }
+  __device__ float weight(const LowEntry& entry) const { return entry.factor; }
+
+  // All lanes: lane j's entry of a token.
+  __device__ LowEntry entry_of(int token) const {
+    const int lane = threadIdx.x & 31;
+    const int at = token * topk + lane;
+    Entry entry{-1, -1, -1};
+    float factor = 1.0f;
+    bool wanted = true;
+    if (lane < topk) {
+      entry = params.routing.entries[at];
+      if (params.has_weights) factor = params.weights[at];
+      wanted = params.topk_idx[at] == params.routing.ids[at];
+    }
+    if (params.low.row_layout == RowLayout::kExpert) {
+      const int position = entry.position >= 0 ? entry.position : 0;
+      const unsigned all_wanted = __ballot_sync(0xffffffffu, wanted);
+      factor = __shfl_sync(0xffffffffu, factor, position);
+      if ((all_wanted >> position & 1) == 0) entry.rank = -1;
+    }
+    if (entry.rank >= 0 && lost[entry.rank] != 0) entry.rank = -1;
+    LowEntry found{entry.slot, entry.rank, factor};
+    const unsigned there = __ballot_sync(0xffffffffu, entry.rank >= 0);
+    // Usually the first ones; otherwise they move up.
+    if ((there & (there + 1)) == 0) return found;
+    const int from = static_cast<int>(__fns(there, 0, lane + 1));
+    const bool some = lane < __popc(there);
+    found.slot = __shfl_sync(0xffffffffu, found.slot, some ? from : lane);
+    found.factor = __shfl_sync(0xffffffffu, found.factor, some ? from : lane);
+    const int rank = __shfl_sync(0xffffffffu, static_cast<int>(found.rank), some ? from : lane);
+    found.rank = static_cast<std::int16_t>(some ? rank : -1);
+    return found;
+  }
+};
+
+// Rows of e4m3, dequantised: a warp takes 512 elements of a token, 16 a lane.
+template <class T>
+__device__ void reduce_quantized(const LowJob& job) {
+  constexpr int kALane = 16;
+  constexpr int kChunkElements = 32 * kALane;
+  constexpr int kVectors = kALane / T::kPerVector;
+  constexpr int kUnroll = 4;
+  const int lane = threadIdx.x & 31;
+  const int chunks = (job.hidden + kChunkElements - 1) / kChunkElements;
+  const auto hidden = static_cast<std::size_t>(job.hidden);
+  const std::size_t row = quantized_row_bytes(hidden);
+  const std::size_t row_scales = (hidden + kFp8Block - 1) / kFp8Block;
+  const std::size_t scales_at = quantized_scales_offset(job.params.low.slots.slots(), hidden);
+  ItemCursor item(0, job.num_tokens, chunks, static_cast<int>(blockIdx.x) * kWarps + threadIdx.x / 32,
+                  static_cast<int>(gridDim.x) * kWarps);
+  for (; item.valid(); item.advance()) {
+    const LowEntry entry = job.entry(item);
+    const int count = __popc(__ballot_sync(0xffffffffu, entry.rank >= 0));
+    const int column = item.chunk * kChunkElements + lane * kALane;
+    float total[kALane] = {};
+    float partial[kALane] = {};
+    int last_rank = -1;
+    for (int first = 0; first < count; first += kUnroll) {
+      uint4 held[kUnroll];
+      float scales[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int rank = __shfl_sync(0xffffffffu, static_cast<int>(entry.rank), (first + u) & 31);
+        const auto slot = static_cast<std::size_t>(__shfl_sync(0xffffffffu, entry.slot, (first + u) & 31));
+        held[u] = make_uint4(0, 0, 0, 0);
+        scales[u] = 0.0f;
+        if (first + u < count && column < job.hidden) {
+          const std::uint8_t* base = job.rows[rank];
+          held[u] = load_streaming(reinterpret_cast<const uint4*>(base + slot * row + column));
+          scales[u] = load_cached_in_l2(reinterpret_cast<const float*>(base + scales_at) + slot * row_scales +
+                                        column / static_cast<int>(kFp8Block));
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int rank = __shfl_sync(0xffffffffu, static_cast<int>(entry.rank), (first + u) & 31);
+        const float factor = __shfl_sync(0xffffffffu, entry.factor, (first + u) & 31);
+        if (first + u >= count) continue;
+        const bool starts = rank != last_rank;
+        last_rank = rank;
+        const std::uint32_t words[4] = {held[u].x, held[u].y, held[u].z, held[u].w};
+#pragma unroll
+        for (int i = 0; i < kALane; ++i) {
+          __nv_fp8_e4m3 code;
+          code.__x = static_cast<__nv_fp8_storage_t>(words[i / 4] >> (i % 4 * 8));
+          const float product = __fmul_rn(__fmul_rn(static_cast<float>(code), scales[u]), factor);
+          if (starts) {
+            total[i] = __fadd_rn(total[i], partial[i]);
+            partial[i] = product;
+          } else {
+            partial[i] = __fadd_rn(partial[i], product);
+          }
+        }
+      }
+    }
+    std::uint8_t* out =
+        job.out + (static_cast<std::size_t>(item.token) * hidden + static_cast<std::size_t>(column)) * T::kBytes;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      float values[T::kPerVector];
+#pragma unroll
+      for (int i = 0; i < T::kPerVector; ++i) {
+        values[i] = __fadd_rn(total[v * T::kPerVector + i], partial[v * T::kPerVector + i]);
+      }
+      if (column + v * T::kPerVector < job.hidden) reinterpret_cast<uint4*>(out)[v] = T::pack(values);
+    }
+  }
+}
+
+// Weights of routes that are missing from the sums, and routes that are not those of the dispatch. `warp` of `warps`.
+__device__ void tell_lost(const LowJob& job, std::uint32_t sequence, int warp, int warps) {
+  const LowCombineParams& params = job.params;
+  const Group& group = params.low.group;
+  const int lane = threadIdx.x & 31;
+  for (int token = warp; token < job.num_tokens; token += warps) {
+    const int at = token * job.topk + lane;
+    const bool in = lane < job.topk;
+    const std::int32_t id = in ? params.routing.ids[at] : -1;
+    const std::int64_t asked = in ? params.topk_idx[at] : -1;
+    const Entry entry = in ? params.routing.entries[at] : Entry{-1, -1, -1};
+    const float weight = in && params.has_weights ? params.weights[at] : 1.0f;
+    const bool by_expert = params.low.row_layout == RowLayout::kExpert;
+    if (by_expert && asked != id && asked != -1) {
+      const std::int64_t values[kReportValues] = {group.rank, at + 1, asked, job.topk};
+      record_failure(group, Outcome::kOtherRoute, kOperation, sequence, values);
+    }
+    const bool counts = id >= 0 && (!by_expert || asked == id);
+    const int rank_of = id >= 0 ? group.rank_of_expert[id] : -1;
+    bool summed = false;
+    for (int j = 0; j < job.topk; ++j) {
+      const int rank = __shfl_sync(0xffffffffu, static_cast<int>(entry.rank), j);
+      const int position = __shfl_sync(0xffffffffu, static_cast<int>(entry.position), j);
+      if (rank < 0 || job.lost[rank] != 0) continue;
+      summed = summed || (by_expert ? position == lane : rank == rank_of);
+    }
+    unsigned missing = __ballot_sync(0xffffffffu, counts && !summed);
+    float lost = 0.0f;
+    for (; missing != 0; missing &= missing - 1) {
+      lost = __fadd_rn(lost, __shfl_sync(0xffffffffu, weight, __ffs(static_cast<int>(missing)) - 1));
+    }
+    if (lane == 0) params.lost[token] = lost;
+  }
+}
+
+// What a kernel begins with: everything that it needs from global memory before it can do anything, in one go.
+struct LowCombineStart {
+  std::uint32_t failed;
+  std::uint32_t begun;  // the last operation that has
+  LowHeader header;
+  std::uint32_t since;
+  std::uint32_t gave_up;
+  const std::uint8_t* base;
+
+  __device__ explicit LowCombineStart(const LowCombineParams& params) {
+    const LowGroup& low = params.low;
+    failed = load_relaxed_device(&low.group.state->failed);
+    begun = load_relaxed_device(&low.state->sequence);
+    header = *params.routing.header;
+    since = gave_up = 0;
+    base = nullptr;
+    if (static_cast<int>(threadIdx.x) >= low.group.num_ranks) return;
+    since = load_relaxed_device(low.masked_since + threadIdx.x);
+    gave_up = params.routing.gave_up[threadIdx.x];
+    base = low.group.bases[threadIdx.x];
+  }
+};
+
+// Waits for what all ranks post, and for their rows. Which ones bring nothing is in `lost` then. All threads; ends with
+// a barrier. False: this rank has failed.
+__device__ bool await_rows(const LowCombineParams& params, const LowCombineShared& shared, std::uint32_t sequence,
+                           const LowPost& mine) {
+  const LowGroup& low = params.low;
+  const Group& group = low.group;
+  constexpr int kWords = static_cast<int>(LowWord::kGaveUp) + 1;
+  const std::uint64_t* posts = low_post_of(low, group.rank, kKind, params.index, 0);
+  const std::size_t stride = low.layout.post_stride() / sizeof(std::uint64_t);
+  bool failed = false;
+  bool copies = false;
+  for (int i = threadIdx.x; i < group.num_ranks * kWords; i += kThreads) {
+    const int source = i / kWords;
+    const int word = i % kWords;
+    if (shared.masked[source] != 0) continue;
+    std::uint64_t seen = 0;
+    const Wait wait = await_word(low, posts + source * stride + word, sequence, source, Step::kPost, kOperation, seen);
+    failed = failed || wait == Wait::kFailed;
+    if (wait == Wait::kMissing) shared.lost[source] = 1;
+    if (wait != Wait::kCame) continue;
+    const std::uint32_t value = low_value(seen);
+    if (word == static_cast<int>(LowWord::kBlocks)) copies = copies || value > 0;
+    if (word == static_cast<int>(LowWord::kGaveUp) && value != 0) shared.lost[source] = 1;
+    if (word >= kNumLowCompared || low_lead(seen, sequence) != 0) continue;
+    const std::uint32_t here = reinterpret_cast<const std::uint32_t*>(&mine)[word];
+    if (value == here) continue;
+    const std::int64_t values[kReportValues] = {source, word, value, here};
+    record_failure(group, Outcome::kMismatch, kOperation, sequence, values);
+    failed = true;
+  }
+  const int found = __syncthreads_or((failed ? 1 : 0) | (copies ? 2 : 0));
+  if (found == 0) return true;
+  if (__syncthreads_or(failed) != 0) return false;
+  bool came = true;
+  await_arrivals(
+      low, kKind, params.index, sequence, shared.lost, kOperation, [](int) { return 0; },
+      [&](int source, Wait wait, std::uint32_t) {
+        came = came && wait != Wait::kFailed;
+        if (wait == Wait::kMissing) shared.lost[source] = 1;
+      });
+  return __syncthreads_and(came) != 0;
+}
+
+// The routes of a warp's first token, which it will want as soon as it has waited.
+__device__ void prefetch_routes(const LowCombineParams& params) {
+  const int row_bytes = params.hidden * static_cast<int>(element_bytes(params.element));
+  const int chunks = (row_bytes + kReduceChunk - 1) / kReduceChunk;
+  const int item = static_cast<int>(blockIdx.x) * params.pipeline.warps + static_cast<int>(threadIdx.x / 32);
+  const int token = item / chunks;
+  const int lane = threadIdx.x & 31;
+  if (token >= params.num_tokens || lane >= 4) return;
+  const int at = token * params.topk;
+  const void* places[4] = {params.routing.entries + at, params.routing.ids + at, params.topk_idx + at,
+                           params.has_weights ? params.weights + at : nullptr};
+  if (places[lane] != nullptr) prefetch_to_l2(places[lane]);
+}
+
+template <class R>
+__global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_constant__ LowCombineParams params) {
+  extern __shared__ __align__(128) std::uint8_t memory[];
+  const LowGroup& low = params.low;
+  const Group& group = low.group;
+  const LowCombineStart start(params);
+  const LowCombineShared shared(memory, params);
+  const bool sends = (params.halves & kLowSend) != 0;
+  const bool copies = params.rows != nullptr;
+  const std::uint32_t sequence = sends ? start.begun + 1 : start.header.combine_sequence;
+  const bool gave_up = start.header.gave_up == start.header.sequence;
+  const auto keep_rank = [&](int rank, std::uint32_t since, bool dropped, const std::uint8_t* base) {
+    // Ranks that were left out since the rows were sent are not waited for either.
+    const bool masked = is_masked(since, sends ? sequence : start.begun);
+    shared.masked[rank] = masked ? 1 : 0;
+    shared.lost[rank] = masked || dropped || (rank == group.rank && gave_up) ? 1 : 0;
+    const bool elsewhere = rank == group.rank && copies && !params.quantize;
+    shared.rows[rank] = elsewhere ? params.rows : base + params.rows_offset;
+  };
+  if (static_cast<int>(threadIdx.x) < group.num_ranks) {
+    keep_rank(static_cast<int>(threadIdx.x), start.since, start.gave_up != 0, start.base);
+  }
+  for (int rank = static_cast<int>(threadIdx.x) + kThreads; rank < group.num_ranks; rank += kThreads) {
+    keep_rank(rank, load_relaxed_device(low.masked_since + rank), params.routing.gave_up[rank] != 0, group.bases[rank]);
+  }
+  if (sends && copies && params.pipeline.use_bulk) {
+    for (int i = threadIdx.x; i < kWarps * kCopyStages; i += kThreads) barrier_init(shared.copy_barriers + i, 1);
+    fence_barrier_init();
+    fence_shared_to_bulk();
+    fence_bulk_to_global();
+  }
+  if (start.failed != 0) return;
+  __syncthreads();
+  const LowPost post{static_cast<std::uint32_t>(kOperation),
+                     static_cast<std::uint32_t>(params.quantize ? Element::kFloat8 : params.element),
+                     static_cast<std::uint32_t>(params.topk),
+                     params.has_weights ? 1u : 0u,
+                     static_cast<std::uint32_t>(params.index),
+                     start.header.sequence,
+                     copies ? static_cast<std::uint32_t>(params.send_blocks) : 0u,
+                     gave_up ? 1u : 0u,
+                     0,
+                     0};
+  if (sends) {
+    if (blockIdx.x == 0) {
+      // Rows that are in place were written by earlier kernels; the threads that post release them.
+      constexpr int kPosting = 64;
+      if (threadIdx.x < kPosting) {
+        fence_system();
+        publish_low_post(low, kKind, params.index, sequence, post, shared.masked, nullptr, 0, kPosting);
+      }
+      if (threadIdx.x == kThreads - 1) params.routing.header->combine_sequence = sequence;
+    }
+    if (threadIdx.x == kThreads - 1) begin_operation(low, sequence);
+    if (copies && static_cast<int>(blockIdx.x) < params.send_blocks) {
+      copy_rows<typename R::Element>(params,
+                                     group.bases[group.rank] + low.layout.rows(static_cast<std::size_t>(params.index)),
+                                     CopyRing{shared.stages, shared.copy_barriers, shared.scales}, shared.ends);
+      __syncthreads();
+      signal_arrival(low, kKind, params.index, sequence, shared.masked, static_cast<std::uint32_t>(params.send_blocks));
+    }
+  }
+  if ((params.halves & kLowReceive) == 0) return;
+  prefetch_routes(params);
+  if (!await_rows(params, shared, sequence, post)) return;
+  const LowJob job{params,      shared.lost,   params.num_tokens, params.topk,
+                   params.topk, params.hidden, shared.rows,       params.out};
+  if (params.quantize) {
+    reduce_quantized<typename R::Element>(job);
+  } else {
+    reduce_rows<R>(job, params.pipeline, ReduceRing{shared.stages, shared.barriers});
+  }
+  // By warps that have no part in that, if there are any.
+  const int warp = threadIdx.x / 32;
+  const bool all = !params.pipeline.use_bulk || params.quantize || params.pipeline.warps == kWarps;
+  const int first = all ? 0 : params.pipeline.warps;
+  if (warp < first) return;
+  tell_lost(job, sequence, static_cast<int>(blockIdx.x) * (kWarps - first) + warp - first,
+            static_cast<int>(gridDim.x) * (kWarps - first));
+}
+
+template <class Visit>
+cudaError_t visit_low_reduction(Element element, bool plain, Visit&& visit) {
+  const auto with_element = [&](auto tag) -> cudaError_t {
+    using T = decltype(tag);
+    if (plain) return visit(Reduction<T, kReduceChunk / 512, true>{});
+    return visit(Reduction<T, kReduceChunk / 512, false>{});
+  };
+  switch (element) {
+    case Element::kFloat32: return with_element(Float32{});
+    case Element::kBFloat16: return with_element(BFloat16{});
+    case Element::kFloat16: return with_element(Float16{});
+    case Element::kFloat8: break;
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t prepare_low_combine(std::size_t most_shared_bytes) {
+  for (const Element element : {Element::kFloat32, Element::kBFloat16, Element::kFloat16}) {
+    for (const bool plain : {false, true}) {
+      const cudaError_t error = visit_low_reduction(element, plain, [&](auto reduction) {
+        return cudaFuncSetAttribute(low_combine_kernel<decltype(reduction)>,
+                                    cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared_bytes));
+      });
+      if (error != cudaSuccess) return error;
+    }
+  }
+  return cudaSuccess;
+}
+
+std::size_t low_combine_shared_bytes(const LowCombineParams& params) { return LowCombineShared::bytes(params); }
+
+cudaError_t launch_low_combine(const LowCombineParams& params, int blocks, cudaStream_t stream) {
+  const std::size_t shared = LowCombineShared::bytes(params);
+  const bool plain = params.low.row_layout == RowLayout::kRank;
+  return visit_low_reduction(params.element, plain, [&](auto reduction) {
+    low_combine_kernel<decltype(reduction)><<<blocks, kThreads, shared, stream>>>(params);
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace gpu
+}  // namespace moe_ep

@@ -1,0 +1,212 @@
+// Low-latency operations as the host sees them: arguments, shapes of launches, and the two sets of fixed slots.
+#include <algorithm>
+
+#include "common/index.h"
+#include "cuda/check.h"
+#include "cuda/communicator.h"
+#include "cuda/launch.h"
+
+namespace moe_ep {
+namespace gpu {
+namespace {
+
+constexpr std::int64_t kLargestLowChunk = 4096;  // bytes of a source row
+constexpr std::int64_t kSmallestLowChunk = 1024;
+
+std::int64_t divided_up(std::int64_t value, std::int64_t by) { return (value + by - 1) / by; }
+
+}  // namespace
+
+LowRoutingShape Communicator::low_routing_shape(std::int64_t num_tokens, std::int64_t topk) const {
+  return LowRoutingShape{bases_.size(), at(num_local_experts_), at(num_tokens), at(topk)};
+}
+
+LowGroup Communicator::low_group() const {
+  LowGroup low{};
+  low.group = group_;
+  low.layout = pool_->low();
+  low.slots.capacity = at(options_.low_tokens) * bases_.size();
+  low.slots.groups = 1;
+  if (options_.low_layout == RowLayout::kExpert) {
+    std::vector<std::size_t> held(bases_.size(), 0);
+    for (const std::int32_t rank : options_.expert_to_rank) ++held[at(rank)];
+    low.slots.groups = *std::max_element(held.begin(), held.end());
+  }
+  low.row_layout = options_.low_layout;
+  low.state = low_state_;
+  low.masked_since = reinterpret_cast<std::uint32_t*>(low_state_ + 1);
+  low.mask_on_timeout = options_.mask_on_timeout;
+  low.num_local_experts = num_local_experts_;
+  return low;
+}
+
+// Results that are used on another stream than the one that writes the buffer next.
+void Communicator::follow_low_home(int index, cudaStream_t stream) {
+  const cudaStream_t home = low_homes_[at(index)];
+  low_homes_[at(index)] = stream;
+  if (home == nullptr || home == stream || capture_of(home) != capture_of(stream)) return;
+  MOE_EP_CUDA_CHECK(cudaEventRecord(low_home_event_, home));
+  MOE_EP_CUDA_CHECK(cudaStreamWaitEvent(stream, low_home_event_, 0));
+}
+
+LowBlock Communicator::low_block(int index, const RowSizes& sizes, cudaStream_t home) {
+  low_homes_[at(index)] = home;
+  auto& kept = low_holds_[at(index)];
+  LowBlock block{};
+  block.hold = kept.lock();
+  if (block.hold == nullptr) {
+    block.hold = std::make_shared<LowHold>(LowHold{pool_});
+    kept = block.hold;
+  }
+  block.receive = pool_->base() + pool_->low().receive(at(index));
+  block.offsets = low_group().slots.arrays(sizes.row, sizes.scale, sizes.weight, sizes.index);
+  block.rows = low_rows(index);
+  return block;
+}
+
+void Communicator::low_dispatch(const LowDispatchArguments& arguments) {
+  const DeviceGuard guard(pool_->device());
+  throw_if_failed(true);
+  const RowSource& source = arguments.source;
+  const bool quantized = source.quantize || arguments.has_scales;
+  LowDispatchParams params{};
+  params.low = low_group();
+  params.source = source;
+  const std::int64_t element = static_cast<std::int64_t>(element_bytes(source.element));
+  const bool by_rank = options_.low_layout == RowLayout::kRank;
+  params.sizes.row = static_cast<std::uint32_t>(source.hidden * (quantized ? 1 : element));
+  params.sizes.scale = quantized ? static_cast<std::uint32_t>(divided_up(source.hidden, kFp8Block) * sizeof(float)) : 0;
+  params.sizes.weight = by_rank && arguments.has_weights ? static_cast<std::uint32_t>(arguments.topk * 4) : 0;
+  params.sizes.index = by_rank ? static_cast<std::uint32_t>(arguments.topk * 8) : 0;
+  params.routing =
+      LowRoutingView::at(arguments.routing_memory, low_routing_shape(arguments.num_tokens, arguments.topk));
+  params.topk_idx = arguments.topk_idx;
+  params.num_tokens = static_cast<std::int32_t>(arguments.num_tokens);
+  params.topk = static_cast<std::int32_t>(arguments.topk);
+  params.index = arguments.index;
+  params.halves = arguments.receives ? kLowBoth : kLowSend;
+  params.bulk_loads = has_bulk_ && source.hidden * element % 16 == 0;
+  params.bulk_stores = has_bulk_ && params.sizes.row % 16 == 0;
+
+  // So many chunks that every warp has one, within what is worth a copy of its own.
+  const int most = std::min(std::min(arguments.num_sms > 0 ? arguments.num_sms : options_.default_sms, num_device_sms_),
+                            kMostLowBlocks);
+  const std::int64_t unit = quantized ? static_cast<std::int64_t>(kFp8Block) : 16 / element;
+  const std::int64_t row = source.hidden * element;
+  const std::int64_t wanted = divided_up(std::int64_t{most} * kWarps, std::max<std::int64_t>(arguments.num_tokens, 1));
+  const std::int64_t fewest = divided_up(row, kLargestLowChunk);
+  const std::int64_t chunks = std::clamp(wanted, fewest, std::max(fewest, divided_up(row, kSmallestLowChunk)));
+  const std::int64_t largest = kLargestLowChunk / element / unit * unit;
+  params.chunk_elements =
+      static_cast<std::int32_t>(std::min(largest, divided_up(divided_up(source.hidden, chunks), unit) * unit));
+  if (tuned_send_.chunk_bytes > 0) params.chunk_elements = static_cast<std::int32_t>(tuned_send_.chunk_bytes / element);
+  const std::int64_t items = arguments.num_tokens * divided_up(source.hidden, params.chunk_elements);
+  const int blocks = static_cast<int>(std::clamp<std::int64_t>(items, 1, most));
+  for (params.stages = 2; params.stages > 0; --params.stages) {
+    if (complete_low_dispatch(params) <= most_shared_bytes_) break;
+  }
+  if (params.stages == 0) {
+    throw Error(ErrorKind::kConfig, std::to_string(group_.num_experts) + " experts and " +
+                                        std::to_string(arguments.num_tokens) +
+                                        " tokens are more than this GPU's shared memory has room for in one "
+                                        "low-latency dispatch; send fewer tokens, or use dispatch");
+  }
+  queue_behind(arguments.stream);
+  follow_low_home(arguments.index, arguments.stream);
+  MOE_EP_CUDA_CHECK(launch_low_dispatch(params, blocks, arguments.stream));
+  queued(arguments.stream);
+}
+
+void Communicator::low_receive(void* routing_memory, std::int64_t num_tokens, std::int64_t topk, int index,
+                               cudaStream_t stream) {
+  const DeviceGuard guard(pool_->device());
+  throw_if_failed(true);
+  LowDispatchParams params{};
+  params.low = low_group();
+  params.routing = LowRoutingView::at(routing_memory, low_routing_shape(num_tokens, topk));
+  params.index = index;
+  params.halves = kLowReceive;
+  queue_behind(stream);
+  MOE_EP_CUDA_CHECK(launch_low_dispatch(params, 1, stream));
+  queued(stream);
+}
+
+bool Communicator::low_combine(const LowCombineArguments& arguments) {
+  const DeviceGuard guard(pool_->device());
+  throw_if_failed(true);
+  const bool sends = (arguments.halves & kLowSend) != 0;
+  const bool receives = (arguments.halves & kLowReceive) != 0;
+  const std::uint8_t* in_place = low_rows(arguments.index);
+  const bool copies = sends && (arguments.quantize || arguments.rows != in_place);
+  LowCombineParams params{};
+  params.low = low_group();
+  params.topk_idx = arguments.topk_idx;
+  params.weights = arguments.weights;
+  params.has_weights = arguments.has_weights;
+  params.routing =
+      LowRoutingView::at(arguments.routing_memory, low_routing_shape(arguments.num_tokens, arguments.topk));
+  params.num_tokens = static_cast<std::int32_t>(arguments.num_tokens);
+  params.topk = static_cast<std::int32_t>(arguments.topk);
+  params.index = arguments.index;
+  params.rows_offset = pool_->low().rows(at(arguments.index));
+  params.hidden = arguments.hidden;
+  params.element = arguments.element;
+  params.quantize = arguments.quantize;
+  params.power_of_two = arguments.power_of_two;
+  params.out = arguments.out;
+  params.lost = arguments.lost;
+  params.halves = arguments.halves;
+  // A receive half reads this rank's own rows where the caller left them, too.
+  params.rows = arguments.quantize || arguments.rows == in_place ? nullptr : arguments.rows;
+  if (copies) params.rows = arguments.rows;
+
+  params.pipeline = reduce_pipeline(num_ranks(), params.topk, false);
+  params.pipeline.chunk_bytes = kReduceChunk;
+  while (low_combine_shared_bytes(params) > most_shared_bytes_ && params.pipeline.warps > 1) --params.pipeline.warps;
+  const std::int64_t row = arguments.hidden * static_cast<std::int64_t>(element_bytes(arguments.element));
+  const int most = std::min(std::min(arguments.num_sms > 0 ? arguments.num_sms : options_.default_sms, num_device_sms_),
+                            kMostLowBlocks);
+  params.send_blocks = most;
+  int blocks = 1;
+  if (copies) blocks = most;
+  if (receives) {
+    const int warps = params.quantize ? kWarps : params.pipeline.warps;
+    const std::int64_t items = arguments.num_tokens * divided_up(row, params.quantize ? 512 : kReduceChunk);
+    blocks = std::max(blocks, static_cast<int>(std::clamp<std::int64_t>(divided_up(items, warps), 1, most)));
+  }
+  queue_behind(arguments.stream);
+  MOE_EP_CUDA_CHECK(launch_low_combine(params, blocks, arguments.stream));
+  queued(arguments.stream);
+  return copies;
+}
+
+void Communicator::low_mask(const std::vector<int>& ranks, cudaStream_t stream) {
+  const DeviceGuard guard(pool_->device());
+  throw_if_failed(true);
+  queue_behind(stream);
+  for (int first = 0; first < num_ranks(); first += 64) {
+    std::uint64_t bits = 0;
+    for (const int rank : ranks) {
+      if (rank >= first && rank < first + 64) bits |= std::uint64_t{1} << (rank - first);
+    }
+    if (bits != 0) MOE_EP_CUDA_CHECK(launch_low_mask(low_group(), bits, first, stream));
+  }
+  queued(stream);
+}
+
+std::vector<int> Communicator::low_masked() {
+  check();
+  const DeviceGuard guard(pool_->device());
+  std::vector<std::uint32_t> since(bases_.size());
+  MOE_EP_CUDA_CHECK(cudaMemcpyAsync(since.data(), low_group().masked_since, since.size() * sizeof(since[0]),
+                                    cudaMemcpyDeviceToHost, control_));
+  MOE_EP_CUDA_CHECK(cudaStreamSynchronize(control_));
+  std::vector<int> ranks;
+  for (int rank = 0; rank < num_ranks(); ++rank) {
+    if (since[at(rank)] != 0) ranks.push_back(rank);
+  }
+  return ranks;
+}
+
+}  // namespace gpu
+}  // namespace moe_ep

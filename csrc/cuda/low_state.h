@@ -1,0 +1,136 @@
+// What host and kernels share in low-latency mode. Plain data; device helpers are in low_words.cuh.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/low_latency_layout.h"
+#include "cuda/state.h"
+
+namespace moe_ep {
+namespace gpu {
+
+// Device memory of this rank alone, kept between operations. Behind it, for every rank, the sequence number of the
+// first operation that leaves the rank out (0: none does): so all blocks of an operation leave out the same ranks,
+// whatever another block finds meanwhile.
+struct LowState {
+  std::uint32_t sequence;  // of the last operation whose send half has begun in all blocks
+  std::uint32_t blocks;    // counter of blocks that wraps to 0 by itself
+};
+
+// Routing of one handle, in device memory that the handle owns; tensors of results lie in it too.
+struct LowHeader {
+  std::uint32_t sequence;          // of the dispatch
+  std::uint32_t combine_sequence;  // of its last combine
+  std::uint32_t gave_up;           // the same number again, if some block dropped its part
+  std::uint32_t received;          // rows in all
+};
+
+struct LowRoutingShape {
+  std::size_t num_ranks;
+  std::size_t num_local_experts;
+  std::size_t num_tokens;
+  std::size_t topk;
+};
+
+struct LowRoutingView {
+  LowHeader* header;
+  std::int32_t* tokens_per_expert;  // [num_local_experts]
+  std::int32_t* group_rows;         // [num_local_experts, or 1 in layout rank] rows received
+  std::int32_t* own_first;          // likewise: the run among them that came from this rank
+  std::int32_t* own_rows;           // likewise
+  std::uint32_t* gave_up;           // [num_ranks] whether a rank dropped its part of the dispatch
+  Entry* entries;                   // [num_tokens, topk], as in RoutingView
+  std::int32_t* ids;                // [num_tokens, topk] as dispatched
+
+  MOE_EP_HOST_DEVICE static std::size_t counts_offset() { return sizeof(LowHeader); }
+  MOE_EP_HOST_DEVICE static std::size_t entries_offset(const LowRoutingShape& shape) {
+    const std::size_t groups = shape.num_local_experts + 1;
+    return align_up(counts_offset() + (4 * groups + shape.num_ranks) * sizeof(std::int32_t), 16);
+  }
+  MOE_EP_HOST_DEVICE static std::size_t bytes(const LowRoutingShape& shape) {
+    return entries_offset(shape) + shape.num_tokens * shape.topk * (sizeof(Entry) + sizeof(std::int32_t));
+  }
+  MOE_EP_HOST_DEVICE static LowRoutingView at(void* memory, const LowRoutingShape& shape) {
+    auto* base = static_cast<std::uint8_t*>(memory);
+    const std::size_t groups = shape.num_local_experts + 1;
+    LowRoutingView view{};
+    view.header = reinterpret_cast<LowHeader*>(base);
+    view.tokens_per_expert = reinterpret_cast<std::int32_t*>(base + counts_offset());
+    view.group_rows = view.tokens_per_expert + groups;
+    view.own_first = view.group_rows + groups;
+    view.own_rows = view.own_first + groups;
+    view.gave_up = reinterpret_cast<std::uint32_t*>(view.own_rows + groups);
+    view.entries = reinterpret_cast<Entry*>(base + entries_offset(shape));
+    view.ids = reinterpret_cast<std::int32_t*>(view.entries + shape.num_tokens * shape.topk);
+    return view;
+  }
+};
+
+// What every low-latency kernel of a rank knows.
+struct LowGroup {
+  Group group;
+  LowLayout layout;
+  LowSlots slots;
+  RowLayout row_layout;
+  LowState* state;
+  std::uint32_t* masked_since;  // [num_ranks], see LowState
+  bool mask_on_timeout;
+  std::int32_t num_local_experts;
+};
+
+// Which halves of an operation a launch does.
+enum LowHalves : std::int32_t { kLowSend = 1, kLowReceive = 2, kLowBoth = 3 };
+
+constexpr int kLowDispatchOffsets = 14;
+
+struct LowDispatchParams {
+  LowGroup low;
+  RowSource source;
+  RowSizes sizes;  // of a row as it crosses
+  LowRoutingView routing;
+  const std::int64_t* topk_idx;
+  std::int32_t num_tokens;
+  std::int32_t topk;
+  std::int32_t index;
+  std::int32_t chunk_elements;  // of a row that a warp moves at a time: whole FP8 blocks where rows are quantised
+  std::int32_t stages;          // of each warp's ring
+  bool bulk_loads;
+  bool bulk_stores;
+  LowHalves halves;
+  // What follows from the above; see complete_low_dispatch().
+  std::int32_t chunks;                         // of a row
+  std::int32_t stage_bytes;                    // of the ring
+  std::int32_t element_bytes;                  // of the source
+  std::int32_t out_bytes;                      // of an element as it crosses
+  std::uint32_t wire_element;                  // Element of it
+  std::int32_t bins;                           // experts, and ranks in layout rank
+  std::size_t receive_offset;                  // in every rank's heap
+  ReceiveBlock arrays;                         // from there
+  std::uint32_t offsets[kLowDispatchOffsets];  // of arrays in shared memory, and their end
+};
+
+struct LowCombineParams {
+  LowGroup low;
+  Pipeline pipeline;
+  LowRoutingView routing;
+  const std::int64_t* topk_idx;
+  const float* weights;  // [num_tokens, topk], if there are any
+  bool has_weights;
+  std::int32_t num_tokens;
+  std::int32_t topk;
+  std::int32_t index;
+  std::int32_t hidden;
+  Element element;
+  const std::uint8_t* rows;  // to be copied into the heap first; null: they are there
+  bool quantize;             // while copying
+  bool power_of_two;
+  std::int32_t send_blocks;  // that copy
+  std::size_t rows_offset;   // in every rank's heap
+  std::uint8_t* out;
+  float* lost;  // [num_tokens]
+  LowHalves halves;
+};
+
+}  // namespace gpu
+}  // namespace moe_ep

@@ -1,0 +1,175 @@
+// Words between ranks in low-latency mode: posting them, waiting for them, and leaving out ranks that are masked.
+#pragma once
+
+#include "cuda/low_state.h"
+#include "cuda/wait.cuh"
+
+namespace moe_ep {
+namespace gpu {
+
+// How a wait for a word ended.
+enum class Wait : int {
+  kCame = 0,
+  kMissing = 1,  // the rank is masked from the next operation on
+  kFailed = 2,   // and so has this rank
+};
+
+__device__ inline std::uint64_t* low_post_of(const LowGroup& low, int reader, LowKind kind, int index, int source) {
+  return reinterpret_cast<std::uint64_t*>(low.group.bases[reader] + low.layout.post(kind,
+                                                                                    static_cast<std::size_t>(index),
+                                                                                    static_cast<std::size_t>(source)));
+}
+
+__device__ inline std::uint64_t* low_arrivals_of(const LowGroup& low, int reader, LowKind kind, int index, int source) {
+  return reinterpret_cast<std::uint64_t*>(
+      low.group.bases[reader] +
+      low.layout.arrivals(kind, static_cast<std::size_t>(index), static_cast<std::size_t>(source)));
+}
+
+// Whether operation `sequence` leaves out a rank with this entry of masked_since.
+__device__ inline bool is_masked(std::uint32_t since, std::uint32_t sequence) {
+  return since != 0 && static_cast<std::int32_t>(sequence - since) >= 0;
+}
+
+// Waits until a word in this rank's heap, which `source` writes, has come for `sequence` or a later operation, and
+// acquires what came before it.
+static __device__ __noinline__ Wait await_late_word(const LowGroup& low, const std::uint64_t* at,
+                                                    std::uint32_t sequence, int source, Step step, Operation operation,
+                                                    std::uint64_t& word) {
+  const Group& group = low.group;
+  const auto* departure = reinterpret_cast<const std::uint32_t*>(
+      group.bases[group.rank] + group.layout.departure(static_cast<std::size_t>(source)));
+  const std::uint64_t started = nanoseconds();
+  for (unsigned spin = 1;; ++spin) {
+    word = load_acquire_system(at);
+    if (low_lead(word, sequence) >= 0) return Wait::kCame;
+    if ((spin & 127) != 0) continue;
+    if (load_relaxed_device(&group.state->failed) != 0) return Wait::kFailed;
+    if (load_relaxed_device(low.masked_since + source) != 0) return Wait::kMissing;
+    Outcome outcome = Outcome::kOk;
+    const std::uint32_t left = load_acquire_system(departure);
+    if (left != 0) outcome = Outcome::kLost;
+    if (nanoseconds() - started > group.timeout_ns) outcome = Outcome::kTimeout;
+    // Host memory is far away: ask it rarely.
+    if ((spin & 16383) == 0 && load_acquire_system(&group.report->abort) != 0) outcome = Outcome::kAborted;
+    if (outcome == Outcome::kOk) continue;
+    // A peer may have done its part and left right after: look at the word again before blaming it.
+    word = load_acquire_system(at);
+    if (low_lead(word, sequence) >= 0) return Wait::kCame;
+    if (low.mask_on_timeout && outcome != Outcome::kAborted) {
+      // Operations that have begun go on as they are.
+      const std::uint32_t next = load_relaxed_device(&low.state->sequence) + 1;
+      atomicCAS(low.masked_since + source, 0u, low_lead(low_word(next, 0), sequence) > 0 ? next : sequence + 1);
+      return Wait::kMissing;
+    }
+    const std::int64_t values[kReportValues] = {source, static_cast<std::int64_t>(step),
+                                                static_cast<std::int64_t>(word >> 32), static_cast<std::int64_t>(left)};
+    record_failure(group, outcome, operation, sequence, values);
+    return Wait::kFailed;
+  }
+}
+
+__device__ inline Wait await_word(const LowGroup& low, const std::uint64_t* at, std::uint32_t sequence, int source,
+                                  Step step, Operation operation, std::uint64_t& word) {
+  word = load_acquire_system(at);
+  if (low_lead(word, sequence) >= 0) return Wait::kCame;
+  return await_late_word(low, at, sequence, source, step, operation, word);
+}
+
+// One thread of each block, once: counts the blocks that have read the sequence number; the last one advances it.
+__device__ inline void begin_operation(const LowGroup& low, std::uint32_t sequence) {
+  if (atomicInc(&low.state->blocks, gridDim.x - 1) == gridDim.x - 1) {
+    store_relaxed_device(&low.state->sequence, sequence);
+  }
+}
+
+// Threads of one block: the words before the counts of a post, in shared memory. A barrier comes next.
+struct LowPost {
+  std::uint32_t operation;
+  std::uint32_t element;
+  std::uint32_t topk;
+  std::uint32_t has_weights;
+  std::uint32_t index;
+  std::uint32_t handle;
+  std::uint32_t blocks;
+  std::uint32_t gave_up;
+  std::uint32_t bad_route;
+  std::uint32_t bad_expert;
+};
+static_assert(sizeof(LowPost) / sizeof(std::uint32_t) == static_cast<std::size_t>(LowWord::kMask), "a field a word");
+
+// Threads [0, threads) of one block: writes the words of a post into the heap of every rank that is not left out.
+// `masked` says which are; the counts may be none.
+__device__ inline void publish_low_post(const LowGroup& low, LowKind kind, int index, std::uint32_t sequence,
+                                        const LowPost& post, const std::uint8_t* masked, const std::int32_t* counts,
+                                        int num_counts, int threads) {
+  const int header = static_cast<int>(low.layout.header_words());
+  const int fields = static_cast<int>(LowWord::kMask);
+  const int words = header + num_counts;
+  for (int word = threadIdx.x; word < words; word += threads) {
+    std::uint32_t value = 0;
+    if (word < fields) {
+      value = reinterpret_cast<const std::uint32_t*>(&post)[word];
+    } else if (word < header) {
+      const int first = (word - fields) * 32;
+      for (int i = 0; i < 32 && first + i < low.group.num_ranks; ++i) value |= masked[first + i] != 0 ? 1u << i : 0u;
+    } else {
+      value = static_cast<std::uint32_t>(counts[word - header]);
+    }
+    for (int i = 0; i < low.group.num_ranks; ++i) {
+      // Starting behind oneself spreads the stores, as every rank does this at about the same time.
+      int reader = low.group.rank + 1 + i;
+      if (reader >= low.group.num_ranks) reader -= low.group.num_ranks;
+      if (masked[reader] != 0) continue;
+      store_relaxed_system(low_post_of(low, reader, kind, index, low.group.rank) + word, low_word(sequence, value));
+    }
+  }
+}
+
+// All threads of a block, after a barrier: tells every rank that is not left out that this block has done its part,
+// releasing what the block has seen written.
+__device__ inline void signal_arrival(const LowGroup& low, LowKind kind, int index, std::uint32_t sequence,
+                                      const std::uint8_t* masked, std::uint32_t value) {
+  for (int reader = threadIdx.x; reader < low.group.num_ranks; reader += blockDim.x) {
+    if (masked[reader] != 0) continue;
+    fence_system();
+    store_relaxed_system(low_arrivals_of(low, reader, kind, index, low.group.rank) + blockIdx.x,
+                         low_word(sequence, value));
+  }
+}
+
+// All threads of a block: waits for the arrival of all parts of every rank that is not left out, and acquires what
+// they wrote. `blocks_of(source)` says how many parts there are, 0: not known. `found(source, wait, value)` is called
+// for each rank by one thread. Ends without a barrier.
+template <class BlocksOf, class Found>
+__device__ inline void await_arrivals(const LowGroup& low, LowKind kind, int index, std::uint32_t sequence,
+                                      const std::uint8_t* masked, Operation operation, BlocksOf&& blocks_of,
+                                      Found&& found) {
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x & 31;
+  for (int source = warp; source < low.group.num_ranks; source += blockDim.x / 32) {
+    if (masked[source] != 0) continue;
+    const std::uint64_t* words = low_arrivals_of(low, low.group.rank, kind, index, source);
+    Wait wait = Wait::kCame;
+    std::uint64_t word = 0;
+    std::uint32_t value = 0;
+    int blocks = blocks_of(source);
+    if (blocks == 0) {
+      wait = await_word(low, words, sequence, source, Step::kArrival, operation, word);
+      // One that is at a later operation has sent all parts of this one.
+      blocks = low_lead(word, sequence) == 0 ? static_cast<int>(low_value(word) & (kLowGaveUp - 1)) : 0;
+      blocks = __shfl_sync(0xffffffffu, blocks, 0);
+    }
+    for (int block = lane; block < blocks && wait == Wait::kCame; block += 32) {
+      wait = await_word(low, words + block, sequence, source, Step::kArrival, operation, word);
+      if (low_lead(word, sequence) == 0) value |= low_value(word) & kLowGaveUp;
+    }
+    __syncwarp();
+    const auto worst = static_cast<Wait>(__reduce_max_sync(0xffffffffu, static_cast<unsigned>(wait)));
+    value = __reduce_or_sync(0xffffffffu, value);
+    if (lane == 0) found(source, worst, value);
+  }
+}
+
+}  // namespace gpu
+}  // namespace moe_ep

@@ -1,0 +1,139 @@
+"""Command line of the decode program, and the checks that need no torch."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from pretrain import saved
+from pretrain.data import VOCAB_SIZE
+from pretrain.errors import UsageError
+
+CHECKPOINTS = Path("runs/pretrain/checkpoints")
+REMEDY = "train one with: make pretrain (or --save DIR there and --load DIR here), or try --random"
+PROMPTS = ("def ", "class ", "import ", "    for ", "    return ", "if __name__", '"""Return ', "    self.")
+# Of a --random model; a checkpoint has its own.
+SIZES = {"layers": 4, "hidden_size": 256, "experts": 16, "topk": 2, "context": 128, "dtype": "fp32"}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports errors as UsageError, so that they are printed by one rank."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see --help")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value} is not 0 or above")
+    return value
+
+
+_count.__name__, _temperature.__name__ = "whole number", "number"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="decode_low_latency.py",
+        description="Generate text with a model of pretrain_megatron_moe.py, its experts spread over the ranks.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--load", type=Path, help=f"directory of checkpoints; without it, {CHECKPOINTS}")
+    model.add_argument("--random", action="store_true", help="a model with random weights instead, to try the speed")
+    for name, default in SIZES.items():
+        flag = "--" + name.replace("_", "-")
+        if name == "dtype":
+            model.add_argument(flag, choices=("fp32", "bf16"), help=f"of a random model; without it, {default}")
+        else:
+            model.add_argument(flag, type=_count, help=f"of a random model; without it, {default}")
+
+    text = parser.add_argument_group("text")
+    text.add_argument(
+        "--prompt", action="append", help="what to go on from; several, one after the other, with several --prompt"
+    )
+    text.add_argument("--tokens", type=_count, default=200, help="bytes to add to the longest prompt")
+    text.add_argument("--batch", type=_count, default=8, help="sequences of each rank")
+    text.add_argument("--temperature", type=_temperature, default=0.0, help="0: always the likeliest byte")
+    text.add_argument("--top-k", type=_count, help="draw from so many of the likeliest bytes; needs --temperature")
+    text.add_argument("--seed", type=_count, default=1, help="of the draws, and of a random model")
+
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--backend", choices=("auto", "cuda", "host", "collective"), default="auto", help="what moves the rows"
+    )
+    run.add_argument("--wire", choices=("bf16", "fp8"), default="bf16", help="fp8: rows cross quantised to experts")
+    run.add_argument("--no-graph", action="store_true", help="on GPUs, launch op by op instead of CUDA graphs")
+    run.add_argument("--out", type=Path, default=Path("runs/decode"), help="metrics.jsonl and latency.png go here")
+
+    check = parser.add_argument_group("check")
+    check.add_argument(
+        "--check", action="store_true", help="compare the loss on the held-out text with what training reported"
+    )
+    check.add_argument("--data", nargs="+", metavar="PATH", help="the training job's --data")
+    check.add_argument("--eval-windows", type=_count, default=256, help="the training job's --eval-windows")
+    return parser
+
+
+def parse_options(argv: list[str]) -> argparse.Namespace:
+    """Read and check the command line; ``load`` becomes the folder of a checkpoint, or None with ``random``.
+
+    Raises:
+        UsageError: An option has a value that can't work; says which and what would.
+    """
+    options = _parser().parse_args(argv)
+    if options.random:
+        _set_sizes(options)
+    else:
+        for name in SIZES:
+            if getattr(options, name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')}: a checkpoint has its own; give it with --random only")
+        options.load = _find(options.load)
+    if options.top_k is not None and not options.temperature:
+        raise UsageError(f"--top-k {options.top_k}: at --temperature 0 nothing is drawn; give a temperature")
+    if options.top_k is not None and options.top_k > VOCAB_SIZE:
+        raise UsageError(f"--top-k {options.top_k}: there are only {VOCAB_SIZE} bytes")
+    if "" in (options.prompt or ()):
+        raise UsageError("--prompt '': it is empty; give at least one character")
+    if options.out.exists() and not options.out.is_dir():
+        raise UsageError(f"--out {options.out}: it exists and is not a directory")
+    return options
+
+
+def _set_sizes(options: argparse.Namespace) -> None:
+    for option in ("load", "check"):
+        if getattr(options, option):
+            raise UsageError(f"--{option}: a --random model has no checkpoint; leave one of the two out")
+    for name, default in SIZES.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+    if options.hidden_size % 32:
+        raise UsageError(f"--hidden-size {options.hidden_size}: it must be a multiple of 32, the size of a head")
+    if options.topk > options.experts:
+        raise UsageError(f"--topk {options.topk}: there are only {options.experts} experts (--experts)")
+
+
+def _find(load: Path | None) -> Path:
+    if load is None and not CHECKPOINTS.is_dir():
+        raise UsageError(f"no checkpoint: {CHECKPOINTS} isn't there; {REMEDY}")
+    try:
+        return saved.find(load or CHECKPOINTS)
+    except UsageError as error:
+        raise UsageError(f"{error}; {REMEDY}") from None
+
+
+def prompts_of(options: argparse.Namespace, num_ranks: int) -> list[list[bytes]]:
+    """The prompts of every rank's sequences: those there are, dealt out in turn."""
+    texts = [text.encode() for text in options.prompt or PROMPTS]
+    first = [rank * options.batch for rank in range(num_ranks)]
+    return [[texts[(start + i) % len(texts)] for i in range(options.batch)] for start in first]
