@@ -13,7 +13,7 @@ CPP_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -nam
 # Starts programs on a GPU machine: a process a rank by torchrun, and CUDA's MPS where ranks share a GPU.
 SHARE_GPU := $(BIN)/python -m moe_ep_plugin.share_gpu
 
-.PHONY: help venv megatron test test-gpu lint format types pretrain example bench bench-gpu kernels tsan clean
+.PHONY: help venv megatron test test-gpu lint format types pretrain decode example bench bench-gpu kernels tsan clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,8 +55,12 @@ format: $(READY)  ## Reformat Python and C++
 types: $(READY)  ## mypy on the package
 	$(BIN)/mypy
 
+# The options in ARGS come last and win.
 pretrain: $(READY)  ## Train a small MoE GPT with Megatron-Core, RANKS processes; options in ARGS
-	$(SHARE_GPU) --ranks $(RANKS) -- examples/pretrain_megatron_moe.py $(ARGS)
+	$(SHARE_GPU) --ranks $(RANKS) -- examples/pretrain_megatron_moe.py --save runs/pretrain/checkpoints $(ARGS)
+
+decode: $(READY)  ## Generate text with what pretrain has trained, RANKS processes; options in ARGS
+	$(SHARE_GPU) --ranks $(RANKS) -- examples/decode_low_latency.py $(ARGS)
 
 example: $(READY)  ## The API in thirty lines
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/dispatch_combine.py $(ARGS)
@@ -65,8 +69,9 @@ bench: $(READY)  ## Host backend against index-permute and gloo all-to-all
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) tests/bench/bench_host.py $(ARGS)
 
 bench-gpu: RANKS = 8
-bench-gpu: $(READY)  ## CUDA backend against the alternatives, 8 ranks unless RANKS is given
-	$(SHARE_GPU) --ranks $(RANKS) -- tests/bench/bench_throughput.py $(ARGS)
+bench-gpu: BENCH ?= throughput
+bench-gpu: $(READY)  ## CUDA backend against the alternatives, 8 ranks unless RANKS is given; BENCH=low_latency for decoding
+	$(SHARE_GPU) --ranks $(RANKS) -- tests/bench/bench_$(BENCH).py $(ARGS)
 
 # setup.py has the flags and knows what is up to date. It needs an environment, not the newest build in it.
 kernels: $(if $(wildcard $(BIN)/python),,$(READY))  ## Compile the CUDA kernels that changed; needs nvcc but no GPU

@@ -37,13 +37,13 @@ def main(argv: list[str]) -> int:
     # Torch takes seconds to import; what could go wrong before has been checked.
     from decode import report
     from decode.check import compare
-    from decode.job import Job, join, leave
+    from decode.job import Job
 
     from moe_ep_plugin import BackendUnavailable, ConfigError
 
     first = launch.rank == 0
     try:
-        job = Job(options, launch, corpus, join(launch, options.backend))
+        job = Job(options, launch, corpus)
     except (UsageError, BackendUnavailable, ConfigError) as error:
         fail(str(error), launch.rank)
 
@@ -61,7 +61,6 @@ def main(argv: list[str]) -> int:
     exchange_ms = job.exchange_ms()
     loss = job.held_out_loss(corpus) if corpus is not None else None
     job.close()
-    leave()
     if not first:
         return 0
 
@@ -80,7 +79,7 @@ def main(argv: list[str]) -> int:
     if loss is not None and job.checkpoint is not None:
         losses, wrong = compare(loss, job.checkpoint, options.wire)
         result |= losses
-    report.write(options.out, text.step_ms, result)
+    report.write(options.out, texts, text.step_ms, result)
     if wrong is not None:
         print(f"error: {wrong}", file=sys.stderr, flush=True)
     print("RESULT " + json.dumps(result), flush=True)

@@ -282,7 +282,7 @@ class EpBuffer:
 
         Returns:
             [handle.num_rows, hidden]. Of a low-latency handle, the shape of ``x`` of its dispatch; each call
-            returns the same memory.
+            returns the same memory (but for backend ``"collective"``).
         """
         self._check_open("empty_rows")
         dtype = self.config.dtype if dtype is None else dtype
@@ -351,15 +351,16 @@ class EpBuffer:
 
         Args:
             rows: The experts' results, of the shape of the dispatch's ``x``; rows that carry no token are ignored.
-                Those of :meth:`empty_rows` are read in place, others cost one copy; they may be written again once
-                ``wait()`` has run.
+                Those of :meth:`empty_rows` are read in place, and must not be written again before the next low-latency
+                dispatch has been received; others cost one copy, and may be written once ``wait()`` has run.
             topk_idx: int64 [num_tokens, num_topk], as dispatched; routes whose id is -1 here are left out.
             topk_weights: fp32 [num_tokens, num_topk] factors, None for a plain sum. Layout ``"rank"`` takes none: its
                 rows are sums over a rank's experts already.
             handle: The dispatch to reverse.
             out: [num_tokens, hidden] to write the sums to. None: new memory.
             zero_copy: Refuse rows that would have to be copied.
-            wire: ``"bf16"``: rows cross as they are. ``"fp8"``: e4m3 in blocks of 128, half the bytes.
+            wire: ``"bf16"``: rows cross as they are. ``"fp8"``: e4m3 in blocks of 128, half the bytes; not for rows
+                of :meth:`empty_rows`.
             num_sms, async_op: As in :meth:`low_latency_dispatch`.
 
         Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -161,12 +162,19 @@ class LowLatency:
                 raise StateError(
                     f"a combine of low-latency dispatch {handle.sequence} is under way already; call its wait() first"
                 )
-            in_place = request.wire == "bf16" and self._backend.reads_in_place(request.rows, handle)
+            in_place = self._backend.reads_in_place(request.rows, handle)
+            if in_place and request.wire == "fp8" and request.rows.numel() > 0:
+                raise ConfigError.of(
+                    "wire",
+                    "'fp8'",
+                    "rows of empty_rows(handle) cross from where they are, as they are",
+                    "use wire='bf16', or pass rows in memory of your own",
+                )
             if zero_copy and not in_place:
                 raise ConfigError.of(
                     "zero_copy",
                     True,
-                    "only the rows of empty_rows(handle), on wire 'bf16' and a backend with a heap, are read in place",
+                    "only the rows of empty_rows(handle), on a backend with a heap, are read in place",
                     "let the experts write there, or leave zero_copy out",
                 )
             with self._collective():
@@ -208,6 +216,8 @@ class LowLatency:
                 f"low-latency dispatch {sequence} needs the buffer of dispatch {slots.sequence}, whose {unfinished} "
                 "has not been waited for; call its wait() first"
             )
+        if self._backend.low_latency_held(sequence % 2):
+            gc.collect()  # An exception that was caught may keep them in a cycle.
         if self._backend.low_latency_held(sequence % 2):
             raise StateError(
                 f"low-latency dispatch {sequence} needs the buffer of dispatch {slots.sequence}, whose tensors (x, "

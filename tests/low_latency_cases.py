@@ -92,6 +92,7 @@ def make_case(pick: Callable[[Sequence[Any]], Any], num_ranks: int, *, large: bo
     heap_dtype = pick([dtype, torch.float32])
     fitting = [d for d in DTYPES if d.itemsize <= heap_dtype.itemsize and hidden * d.itemsize % 16 == 0]
     wire = pick(["plain", "plain", "fp8", "fp8_input"])
+    combine_wire = pick(["bf16", "bf16", "fp8"])
     return LowLatencyCase(
         num_ranks=num_ranks,
         num_experts=num_experts,
@@ -104,12 +105,12 @@ def make_case(pick: Callable[[Sequence[Any]], Any], num_ranks: int, *, large: bo
         layout=pick(["expert", "rank"]),
         wire=wire,
         heap_wire="bf16" if wire == "plain" else pick(["bf16", "fp8"]),
-        combine_wire=pick(["bf16", "bf16", "fp8"]),
+        combine_wire=combine_wire,
         power_of_two_scales=pick([False, True]),
         tokens_per_rank=pick([1, 3, 9, 17, *([40, 70] if large and hidden < 2048 else [])]),
         weighted=pick([True, False]),
         leaves_out=pick([False, True]),
-        in_place=pick([False, True]),
+        in_place=combine_wire == "bf16" and pick([False, True]),
         gives_out=pick([False, True]),
         async_op=pick([False, True]),
         order=pick(ORDERS),

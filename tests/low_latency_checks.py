@@ -145,7 +145,7 @@ class Step:
             out.handle,
             out=self._sums,
             # Where there is a heap these rows must not have to be copied.
-            zero_copy=case.in_place and case.combine_wire == "bf16" and self._buffer.backend != "collective",
+            zero_copy=case.in_place and self._buffer.backend != "collective",
             wire=case.combine_wire,
             async_op=case.async_op,
         )
@@ -154,8 +154,7 @@ class Step:
         """The last half; drops all that the step holds, and returns what it brought, on the CPU."""
         case, out = self._inputs.case, self._out
         back = self._back.wait()
-        if not case.in_place or case.combine_wire == "bf16":
-            same("rows after combine", self._rows, self._rows_given)
+        same("rows after combine", self._rows, self._rows_given)
         if self._sums is not None:
             assert back.x is self._sums or back.x.data_ptr() == self._sums.data_ptr()
         same("combine", back.x, self._inputs.expected_sums())

@@ -44,6 +44,8 @@ enum class LowWord : int {
   kMask,       // first word of the mask
 };
 constexpr int kNumLowCompared = 6;
+// In place of kOperation: the sender has given up waiting for the reader, and takes its post back.
+constexpr std::uint32_t kLowWithdrawn = 0xffffffffu;
 
 MOE_EP_HOST_DEVICE constexpr std::uint64_t low_word(std::uint32_t sequence, std::uint32_t value) {
   return static_cast<std::uint64_t>(sequence) << 32 | value;

@@ -262,6 +262,7 @@ class Communicator {
   [[noreturn]] void throw_failed_wait(const ReportedOutcome& reported);
   std::string departure_text(int rank);
   bool has_departed(int rank);
+  void tell_departure(int rank);
 
   std::shared_ptr<Pool> pool_;
   int rank_;

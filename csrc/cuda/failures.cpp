@@ -18,6 +18,7 @@ constexpr auto kIdlePeriod = std::chrono::milliseconds(100);
 constexpr double kGraceSeconds = 10.0;
 constexpr unsigned kSpinsBetweenClocks = 1024;
 constexpr std::uint32_t kDepartureClosed = 1;
+constexpr std::uint32_t kDepartureFailed = 2;
 
 template <class T>
 T load_acquire(const T* at) {
@@ -96,6 +97,11 @@ void Communicator::while_waiting(std::uint64_t ticket, cudaStream_t stream, doub
   }
   for (std::size_t i = 0; i < watches_.size(); ++i) {
     if (!watches_[i].ended()) continue;
+    if (options_.mask_on_timeout) {
+      // It leaves the others waiting for nothing, and does not end their work.
+      tell_departure(static_cast<int>(i));
+      continue;
+    }
     // The kernel ends its wait and says how far it was, unless the peer had done its part.
     __atomic_store_n(&report_->abort, 1u, __ATOMIC_RELEASE);
   }
@@ -202,6 +208,18 @@ void Communicator::throw_failed_wait(const ReportedOutcome& reported) {
                         timed_out,
                         options_.timeout_s};
   throw Error(timed_out ? ErrorKind::kTimeout : ErrorKind::kLost, describe(wait, why));
+}
+
+// In the name of a rank that has ended without a word.
+void Communicator::tell_departure(int rank) {
+  if (has_departed(rank)) return;
+  Departure departure{};
+  departure.state = kDepartureFailed;
+  std::strncpy(departure.text, "its process has ended", kDepartureText - 1);
+  std::uint8_t* to = pool_->base() + pool_->layout().departure(static_cast<std::size_t>(rank));
+  cudaMemcpyAsync(to + offsetof(Departure, text), departure.text, kDepartureText, cudaMemcpyHostToDevice, control_);
+  cudaMemcpyAsync(to, &departure.state, sizeof(departure.state), cudaMemcpyHostToDevice, control_);
+  cudaStreamSynchronize(control_);
 }
 
 bool Communicator::has_departed(int rank) {

@@ -1,6 +1,8 @@
 // Low-latency combine: tell peers that this rank's rows are there, read every token's rows where they lie, and sum them
 // with the token's own weights. Nothing is told after the reads: a rank's rows are written again only after its next
 // dispatch into the same buffer, for which every peer has to have come past this combine.
+#include <type_traits>
+
 #include "cuda/launch.h"
 #include "cuda/low_copy.cuh"
 #include "cuda/low_words.cuh"
@@ -15,19 +17,21 @@ constexpr LowKind kKind = LowKind::kCombine;
 
 struct LowCombineShared {
   const std::uint8_t** rows;     // [num_ranks]
+  std::uint8_t** heaps;          // [num_ranks]
   std::uint64_t* barriers;       // [warps][stages]
   std::uint64_t* copy_barriers;  // [kWarps][kCopyStages]
   float* scales;                 // [kWarps][kMostScalesAChunk]
   std::int32_t* ends;            // [num_local_experts]
   std::uint8_t* masked;          // [num_ranks]
   std::uint8_t* lost;            // [num_ranks]
+  std::uint8_t* ready;           // [num_ranks] whose rows are there when they have posted, or that are lost
   std::uint8_t* stages;          // rings of both parts: one is done with when the other begins
 
   __host__ __device__ static std::size_t fixed_bytes(const LowCombineParams& params) {
     const std::size_t ranks = static_cast<std::size_t>(params.low.group.num_ranks);
-    const std::size_t words = ranks + static_cast<std::size_t>(params.pipeline.warps * params.pipeline.stages);
+    const std::size_t words = 2 * ranks + static_cast<std::size_t>(params.pipeline.warps * params.pipeline.stages);
     return align_up(words * sizeof(void*) + CopyRing::kSideBytes +
-                        (static_cast<std::size_t>(params.low.num_local_experts) + 1) * sizeof(std::int32_t) + 2 * ranks,
+                        (static_cast<std::size_t>(params.low.num_local_experts) + 1) * sizeof(std::int32_t) + 3 * ranks,
                     128);
   }
   __host__ static std::size_t bytes(const LowCombineParams& params) {
@@ -40,12 +44,14 @@ struct LowCombineShared {
   __device__ LowCombineShared(std::uint8_t* base, const LowCombineParams& params) {
     const int ranks = params.low.group.num_ranks;
     rows = reinterpret_cast<const std::uint8_t**>(base);
-    barriers = reinterpret_cast<std::uint64_t*>(rows + ranks);
+    heaps = reinterpret_cast<std::uint8_t**>(base + ranks * sizeof(void*));
+    barriers = reinterpret_cast<std::uint64_t*>(heaps + ranks);
     copy_barriers = barriers + params.pipeline.warps * params.pipeline.stages;
     scales = reinterpret_cast<float*>(copy_barriers + kWarps * kCopyStages);
     ends = reinterpret_cast<std::int32_t*>(scales + kWarps * kMostScalesAChunk);
     masked = reinterpret_cast<std::uint8_t*>(ends + params.low.num_local_experts + 1);
     lost = masked + ranks;
+    ready = lost + ranks;
     stages = base + fixed_bytes(params);
   }
 };
@@ -123,6 +129,7 @@ __device__ void reduce_quantized(const LowJob& job) {
   const std::size_t scales_at = quantized_scales_offset(job.params.low.slots.slots(), hidden);
   ItemCursor item(0, job.num_tokens, chunks, static_cast<int>(blockIdx.x) * kWarps + threadIdx.x / 32,
                   static_cast<int>(gridDim.x) * kWarps);
+#pragma unroll 1
   for (; item.valid(); item.advance()) {
     const LowEntry entry = job.entry(item);
     const int count = __popc(__ballot_sync(0xffffffffu, entry.rank >= 0));
@@ -130,6 +137,7 @@ __device__ void reduce_quantized(const LowJob& job) {
     float total[kALane] = {};
     float partial[kALane] = {};
     int last_rank = -1;
+#pragma unroll 1
     for (int first = 0; first < count; first += kUnroll) {
       uint4 held[kUnroll];
       float scales[kUnroll];
@@ -187,6 +195,7 @@ __device__ void tell_lost(const LowJob& job, std::uint32_t sequence, int warp, i
   const LowCombineParams& params = job.params;
   const Group& group = params.low.group;
   const int lane = threadIdx.x & 31;
+#pragma unroll 1
   for (int token = warp; token < job.num_tokens; token += warps) {
     const int at = token * job.topk + lane;
     const bool in = lane < job.topk;
@@ -202,6 +211,7 @@ __device__ void tell_lost(const LowJob& job, std::uint32_t sequence, int warp, i
     const bool counts = id >= 0 && (!by_expert || asked == id);
     const int rank_of = id >= 0 ? group.rank_of_expert[id] : -1;
     bool summed = false;
+#pragma unroll 1
     for (int j = 0; j < job.topk; ++j) {
       const int rank = __shfl_sync(0xffffffffu, static_cast<int>(entry.rank), j);
       const int position = __shfl_sync(0xffffffffu, static_cast<int>(entry.position), j);
@@ -210,6 +220,7 @@ __device__ void tell_lost(const LowJob& job, std::uint32_t sequence, int warp, i
     }
     unsigned missing = __ballot_sync(0xffffffffu, counts && !summed);
     float lost = 0.0f;
+#pragma unroll 1
     for (; missing != 0; missing &= missing - 1) {
       lost = __fadd_rn(lost, __shfl_sync(0xffffffffu, weight, __ffs(static_cast<int>(missing)) - 1));
     }
@@ -220,16 +231,18 @@ __device__ void tell_lost(const LowJob& job, std::uint32_t sequence, int warp, i
 // What a kernel begins with: everything that it needs from global memory before it can do anything, in one go.
 struct LowCombineStart {
   std::uint32_t failed;
-  std::uint32_t begun;  // the last operation that has
+  std::uint32_t begun;    // the last operation that has
+  std::uint32_t dropped;  // the last dispatch into this buffer that was
   LowHeader header;
   std::uint32_t since;
   std::uint32_t gave_up;
-  const std::uint8_t* base;
+  std::uint8_t* base;
 
   __device__ explicit LowCombineStart(const LowCombineParams& params) {
     const LowGroup& low = params.low;
     failed = load_relaxed_device(&low.group.state->failed);
     begun = load_relaxed_device(&low.state->sequence);
+    dropped = load_relaxed_device(low.state->gave_up + params.index);
     header = *params.routing.header;
     since = gave_up = 0;
     base = nullptr;
@@ -240,6 +253,22 @@ struct LowCombineStart {
   }
 };
 
+// Waits until all ranks have come to this combine. All threads; ends with a barrier. False: this rank has failed.
+__device__ __noinline__ bool await_posts(const LowCombineParams& params, const LowCombineShared& shared,
+                                         std::uint32_t sequence) {
+  const LowGroup& low = params.low;
+  const LowAwaited awaited{kKind, params.index, sequence, Step::kPost};
+  bool failed = false;
+#pragma unroll 1
+  for (int source = threadIdx.x; source < low.group.num_ranks; source += kThreads) {
+    if (shared.masked[source] != 0) continue;
+    std::uint64_t seen = 0;
+    const std::uint64_t* post = low_post_of(low, shared.heaps[low.group.rank], kKind, params.index, source);
+    failed = await_word(low, post, awaited, source, seen) == Wait::kFailed || failed;
+  }
+  return __syncthreads_or(failed) == 0;
+}
+
 // Waits for what all ranks post, and for their rows. Which ones bring nothing is in `lost` then. All threads; ends with
 // a barrier. False: this rank has failed.
 __device__ bool await_rows(const LowCombineParams& params, const LowCombineShared& shared, std::uint32_t sequence,
@@ -247,21 +276,27 @@ __device__ bool await_rows(const LowCombineParams& params, const LowCombineShare
   const LowGroup& low = params.low;
   const Group& group = low.group;
   constexpr int kWords = static_cast<int>(LowWord::kGaveUp) + 1;
-  const std::uint64_t* posts = low_post_of(low, group.rank, kKind, params.index, 0);
+  const std::uint64_t* posts = low_post_of(low, shared.heaps[group.rank], kKind, params.index, 0);
   const std::size_t stride = low.layout.post_stride() / sizeof(std::uint64_t);
+  const LowAwaited awaited{kKind, params.index, sequence, Step::kPost};
   bool failed = false;
   bool copies = false;
+#pragma unroll 1
   for (int i = threadIdx.x; i < group.num_ranks * kWords; i += kThreads) {
     const int source = i / kWords;
     const int word = i % kWords;
+    if (word == static_cast<int>(LowWord::kBlocks)) shared.ready[source] = 1;
     if (shared.masked[source] != 0) continue;
     std::uint64_t seen = 0;
-    const Wait wait = await_word(low, posts + source * stride + word, sequence, source, Step::kPost, kOperation, seen);
+    const Wait wait = await_word(low, posts + source * stride + word, awaited, source, seen);
     failed = failed || wait == Wait::kFailed;
     if (wait == Wait::kMissing) shared.lost[source] = 1;
     if (wait != Wait::kCame) continue;
     const std::uint32_t value = low_value(seen);
-    if (word == static_cast<int>(LowWord::kBlocks)) copies = copies || value > 0;
+    if (word == static_cast<int>(LowWord::kBlocks) && value > 0) {
+      copies = true;
+      shared.ready[source] = 0;
+    }
     if (word == static_cast<int>(LowWord::kGaveUp) && value != 0) shared.lost[source] = 1;
     if (word >= kNumLowCompared || low_lead(seen, sequence) != 0) continue;
     const std::uint32_t here = reinterpret_cast<const std::uint32_t*>(&mine)[word];
@@ -270,12 +305,11 @@ __device__ bool await_rows(const LowCombineParams& params, const LowCombineShare
     record_failure(group, Outcome::kMismatch, kOperation, sequence, values);
     failed = true;
   }
-  const int found = __syncthreads_or((failed ? 1 : 0) | (copies ? 2 : 0));
-  if (found == 0) return true;
+  if (__syncthreads_or(failed || copies) == 0) return true;
   if (__syncthreads_or(failed) != 0) return false;
   bool came = true;
   await_arrivals(
-      low, kKind, params.index, sequence, shared.lost, kOperation, [](int) { return 0; },
+      low, shared.heaps[group.rank], kKind, params.index, sequence, shared.ready, [](int) { return 0; },
       [&](int source, Wait wait, std::uint32_t) {
         came = came && wait != Wait::kFailed;
         if (wait == Wait::kMissing) shared.lost[source] = 1;
@@ -297,7 +331,14 @@ __device__ void prefetch_routes(const LowCombineParams& params) {
   if (places[lane] != nullptr) prefetch_to_l2(places[lane]);
 }
 
-template <class R>
+// Where rows are, one kernel each: code that is not needed costs instruction fetches at every launch.
+enum class Rows : int {
+  kInPlace,    // in every rank's heap
+  kCopied,     // this rank's are copied there first
+  kQuantized,  // likewise, as e4m3
+};
+
+template <class R, Rows kRows>
 __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_constant__ LowCombineParams params) {
   extern __shared__ __align__(128) std::uint8_t memory[];
   const LowGroup& low = params.low;
@@ -305,24 +346,28 @@ __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_c
   const LowCombineStart start(params);
   const LowCombineShared shared(memory, params);
   const bool sends = (params.halves & kLowSend) != 0;
-  const bool copies = params.rows != nullptr;
+  constexpr bool kCopies = kRows != Rows::kInPlace;
+  constexpr bool kQuantizes = kRows == Rows::kQuantized;
   const std::uint32_t sequence = sends ? start.begun + 1 : start.header.combine_sequence;
-  const bool gave_up = start.header.gave_up == start.header.sequence;
-  const auto keep_rank = [&](int rank, std::uint32_t since, bool dropped, const std::uint8_t* base) {
+  const bool gave_up = start.dropped == start.header.sequence;
+  const auto keep_rank = [&](int rank, std::uint32_t since, bool dropped, std::uint8_t* base) {
+    shared.heaps[rank] = base;
     // Ranks that were left out since the rows were sent are not waited for either.
     const bool masked = is_masked(since, sends ? sequence : start.begun);
     shared.masked[rank] = masked ? 1 : 0;
     shared.lost[rank] = masked || dropped || (rank == group.rank && gave_up) ? 1 : 0;
-    const bool elsewhere = rank == group.rank && copies && !params.quantize;
+    const bool elsewhere = rank == group.rank && kCopies && !kQuantizes;
     shared.rows[rank] = elsewhere ? params.rows : base + params.rows_offset;
   };
   if (static_cast<int>(threadIdx.x) < group.num_ranks) {
     keep_rank(static_cast<int>(threadIdx.x), start.since, start.gave_up != 0, start.base);
   }
+#pragma unroll 1
   for (int rank = static_cast<int>(threadIdx.x) + kThreads; rank < group.num_ranks; rank += kThreads) {
     keep_rank(rank, load_relaxed_device(low.masked_since + rank), params.routing.gave_up[rank] != 0, group.bases[rank]);
   }
-  if (sends && copies && params.pipeline.use_bulk) {
+  if (kCopies && sends && params.pipeline.use_bulk) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < kWarps * kCopyStages; i += kThreads) barrier_init(shared.copy_barriers + i, 1);
     fence_barrier_init();
     fence_shared_to_bulk();
@@ -331,32 +376,35 @@ __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_c
   if (start.failed != 0) return;
   __syncthreads();
   const LowPost post{static_cast<std::uint32_t>(kOperation),
-                     static_cast<std::uint32_t>(params.quantize ? Element::kFloat8 : params.element),
+                     static_cast<std::uint32_t>(kQuantizes ? Element::kFloat8 : params.element),
                      static_cast<std::uint32_t>(params.topk),
                      params.has_weights ? 1u : 0u,
                      static_cast<std::uint32_t>(params.index),
                      start.header.sequence,
-                     copies ? static_cast<std::uint32_t>(params.send_blocks) : 0u,
+                     kCopies ? static_cast<std::uint32_t>(params.send_blocks) : 0u,
                      gave_up ? 1u : 0u,
                      0,
                      0};
   if (sends) {
-    if (blockIdx.x == 0) {
-      // Rows that are in place were written by earlier kernels; the threads that post release them.
-      constexpr int kPosting = 64;
-      if (threadIdx.x < kPosting) {
-        fence_system();
-        publish_low_post(low, kKind, params.index, sequence, post, shared.masked, nullptr, 0, kPosting);
-      }
-      if (threadIdx.x == kThreads - 1) params.routing.header->combine_sequence = sequence;
+    // Rows that are in place were written by earlier kernels; the threads that post release them.
+    constexpr int kPosting = 32;
+    if (threadIdx.x < kPosting && static_cast<int>(blockIdx.x) < group.num_ranks) {
+      fence_system();
+      publish_low_post(low, kKind, params.index, sequence, post, shared.heaps, shared.masked, nullptr, 0, kPosting);
     }
+    if (blockIdx.x == 0 && threadIdx.x == kThreads - 1) params.routing.header->combine_sequence = sequence;
     if (threadIdx.x == kThreads - 1) begin_operation(low, sequence);
-    if (copies && static_cast<int>(blockIdx.x) < params.send_blocks) {
-      copy_rows<typename R::Element>(params,
-                                     group.bases[group.rank] + low.layout.rows(static_cast<std::size_t>(params.index)),
-                                     CopyRing{shared.stages, shared.copy_barriers, shared.scales}, shared.ends);
-      __syncthreads();
-      signal_arrival(low, kKind, params.index, sequence, shared.masked, static_cast<std::uint32_t>(params.send_blocks));
+    if constexpr (kCopies) {
+      // Of a dispatch that has been combined before, peers may still read what is about to be written.
+      if (start.header.combine_sequence != 0 && !await_posts(params, shared, sequence)) return;
+      if (static_cast<int>(blockIdx.x) < params.send_blocks) {
+        copy_rows<typename R::Element, kQuantizes>(params, shared.heaps[group.rank] + params.rows_offset,
+                                                   CopyRing{shared.stages, shared.copy_barriers, shared.scales},
+                                                   shared.ends);
+        __syncthreads();
+        signal_arrival(low, kKind, params.index, sequence, shared.heaps, shared.masked,
+                       static_cast<std::uint32_t>(params.send_blocks));
+      }
     }
   }
   if ((params.halves & kLowReceive) == 0) return;
@@ -364,14 +412,14 @@ __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_c
   if (!await_rows(params, shared, sequence, post)) return;
   const LowJob job{params,      shared.lost,   params.num_tokens, params.topk,
                    params.topk, params.hidden, shared.rows,       params.out};
-  if (params.quantize) {
+  if constexpr (kQuantizes) {
     reduce_quantized<typename R::Element>(job);
   } else {
     reduce_rows<R>(job, params.pipeline, ReduceRing{shared.stages, shared.barriers});
   }
   // By warps that have no part in that, if there are any.
   const int warp = threadIdx.x / 32;
-  const bool all = !params.pipeline.use_bulk || params.quantize || params.pipeline.warps == kWarps;
+  const bool all = !params.pipeline.use_bulk || kQuantizes || params.pipeline.warps == kWarps;
   const int first = all ? 0 : params.pipeline.warps;
   if (warp < first) return;
   tell_lost(job, sequence, static_cast<int>(blockIdx.x) * (kWarps - first) + warp - first,
@@ -379,11 +427,24 @@ __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_c
 }
 
 template <class Visit>
-cudaError_t visit_low_reduction(Element element, bool plain, Visit&& visit) {
+cudaError_t visit_low_rows(Rows rows, Visit&& visit) {
+  switch (rows) {
+    case Rows::kInPlace: return visit(std::integral_constant<Rows, Rows::kInPlace>{});
+    case Rows::kCopied: return visit(std::integral_constant<Rows, Rows::kCopied>{});
+    case Rows::kQuantized: return visit(std::integral_constant<Rows, Rows::kQuantized>{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+// Calls `visit` with the kernel for such rows.
+template <class Visit>
+cudaError_t visit_low_combine(Element element, bool plain, Rows rows, Visit&& visit) {
   const auto with_element = [&](auto tag) -> cudaError_t {
     using T = decltype(tag);
-    if (plain) return visit(Reduction<T, kReduceChunk / 512, true>{});
-    return visit(Reduction<T, kReduceChunk / 512, false>{});
+    return visit_low_rows(rows, [&](auto of) {
+      if (plain) return visit(low_combine_kernel<Reduction<T, kReduceChunk / 512, true>, decltype(of)::value>);
+      return visit(low_combine_kernel<Reduction<T, kReduceChunk / 512, false>, decltype(of)::value>);
+    });
   };
   switch (element) {
     case Element::kFloat32: return with_element(Float32{});
@@ -399,11 +460,13 @@ cudaError_t visit_low_reduction(Element element, bool plain, Visit&& visit) {
 cudaError_t prepare_low_combine(std::size_t most_shared_bytes) {
   for (const Element element : {Element::kFloat32, Element::kBFloat16, Element::kFloat16}) {
     for (const bool plain : {false, true}) {
-      const cudaError_t error = visit_low_reduction(element, plain, [&](auto reduction) {
-        return cudaFuncSetAttribute(low_combine_kernel<decltype(reduction)>,
-                                    cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared_bytes));
-      });
-      if (error != cudaSuccess) return error;
+      for (const Rows rows : {Rows::kInPlace, Rows::kCopied, Rows::kQuantized}) {
+        const cudaError_t error = visit_low_combine(element, plain, rows, [&](auto* kernel) {
+          return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(most_shared_bytes));
+        });
+        if (error != cudaSuccess) return error;
+      }
     }
   }
   return cudaSuccess;
@@ -414,8 +477,9 @@ std::size_t low_combine_shared_bytes(const LowCombineParams& params) { return Lo
 cudaError_t launch_low_combine(const LowCombineParams& params, int blocks, cudaStream_t stream) {
   const std::size_t shared = LowCombineShared::bytes(params);
   const bool plain = params.low.row_layout == RowLayout::kRank;
-  return visit_low_reduction(params.element, plain, [&](auto reduction) {
-    low_combine_kernel<decltype(reduction)><<<blocks, kThreads, shared, stream>>>(params);
+  const Rows rows = params.quantize ? Rows::kQuantized : params.rows != nullptr ? Rows::kCopied : Rows::kInPlace;
+  return visit_low_combine(params.element, plain, rows, [&](auto* kernel) {
+    kernel<<<blocks, kThreads, shared, stream>>>(params);
     return cudaGetLastError();
   });
 }

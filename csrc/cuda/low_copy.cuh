@@ -72,6 +72,7 @@ __device__ inline void sum_groups(const LowCombineParams& params, int groups, bo
   const int lane = threadIdx.x & 31;
   if (threadIdx.x < 32) {
     std::int32_t before = 0;
+#pragma unroll 1
     for (int first = 0; first < groups; first += 32) {
       const int group = first + lane;
       std::int32_t rows = 0;
@@ -91,38 +92,40 @@ __device__ inline void sum_groups(const LowCombineParams& params, int groups, bo
 }
 
 // A chunk of a row without the copy engine: a warp.
-template <class T>
+template <class T, bool kQuantizes>
 __device__ inline void copy_chunk(const LowCombineParams& params, const std::uint8_t* from, std::uint8_t* to,
                                   float* scales, int elements) {
   const int lane = threadIdx.x & 31;
-  if (!params.quantize) {
+  if constexpr (!kQuantizes) {
+#pragma unroll 1
     for (int i = lane; i < elements * T::kBytes / 16; i += 32) {
       reinterpret_cast<uint4*>(to)[i] = load_streaming(reinterpret_cast<const uint4*>(from) + i);
     }
     return;
-  }
-  for (int first = 0; first < elements; first += static_cast<int>(kFp8Block)) {
-    const int column = first + lane * 4;
-    float values[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (column < elements) load_four<T>(from + static_cast<std::size_t>(column) * T::kBytes, values);
-    const QuantizedFour quantized = quantize_four(values, params.power_of_two);
-    if (column < elements) *reinterpret_cast<std::uint32_t*>(to + column) = quantized.bytes;
-    if (lane == 0) scales[first / static_cast<int>(kFp8Block)] = quantized.scale;
+  } else {
+#pragma unroll 1
+    for (int first = 0; first < elements; first += static_cast<int>(kFp8Block)) {
+      const int column = first + lane * 4;
+      float values[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      if (column < elements) load_four<T>(from + static_cast<std::size_t>(column) * T::kBytes, values);
+      const QuantizedFour quantized = quantize_four(values, params.power_of_two);
+      if (column < elements) *reinterpret_cast<std::uint32_t*>(to + column) = quantized.bytes;
+      if (lane == 0) scales[first / static_cast<int>(kFp8Block)] = quantized.scale;
+    }
   }
 }
 
 // All threads of the blocks that copy. `to` is this rank's buffer of rows. What the calling thread stored has been
 // written when it returns.
-template <class T>
+template <class T, bool kQuantizes>
 __device__ inline void copy_rows(const LowCombineParams& params, std::uint8_t* to, const CopyRing& ring,
                                  std::int32_t* ends) {
-  const bool skips_own = !params.quantize;
+  const bool skips_own = !kQuantizes;
   const int groups = params.low.row_layout == RowLayout::kExpert ? params.low.num_local_experts : 1;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x & 31;
   const std::size_t row_bytes = static_cast<std::size_t>(params.hidden) * T::kBytes;
-  const std::size_t out_row =
-      params.quantize ? quantized_row_bytes(static_cast<std::size_t>(params.hidden)) : row_bytes;
+  const std::size_t out_row = kQuantizes ? quantized_row_bytes(static_cast<std::size_t>(params.hidden)) : row_bytes;
   const int blocks = (params.hidden + static_cast<int>(kFp8Block) - 1) / static_cast<int>(kFp8Block);
   auto* all_scales = reinterpret_cast<float*>(
       to + quantized_scales_offset(params.low.slots.slots(), static_cast<std::size_t>(params.hidden)));
@@ -134,8 +137,7 @@ __device__ inline void copy_rows(const LowCombineParams& params, std::uint8_t* t
     return params.rows + item.slot() * row_bytes + static_cast<std::size_t>(item.chunk()) * kCopyChunk;
   };
   const auto target_of = [&](const CopyItems& item) {
-    return to + item.slot() * out_row +
-           static_cast<std::size_t>(item.chunk()) * (params.quantize ? kElements : kCopyChunk);
+    return to + item.slot() * out_row + static_cast<std::size_t>(item.chunk()) * (kQuantizes ? kElements : kCopyChunk);
   };
   const auto scales_of = [&](const CopyItems& item) {
     return all_scales + item.slot() * blocks + item.chunk() * (kElements / static_cast<int>(kFp8Block));
@@ -146,7 +148,7 @@ __device__ inline void copy_rows(const LowCombineParams& params, std::uint8_t* t
   std::uint64_t* barriers = ring.barriers + warp * kCopyStages;
   float* scales = ring.scales + warp * kMostScalesAChunk;
   // Rows of e4m3 that are no whole vectors go the other way.
-  const bool whole = params.hidden % 16 == 0 || !params.quantize;
+  const bool whole = params.hidden % 16 == 0 || !kQuantizes;
   const auto load = [&](const CopyItems& next, int stage) {
     if (!whole || !next.valid() || lane != 0) return;
     const auto bytes = static_cast<std::uint32_t>(elements_of(next.chunk()) * T::kBytes);
@@ -154,6 +156,7 @@ __device__ inline void copy_rows(const LowCombineParams& params, std::uint8_t* t
     bulk_load_once(stages + stage * kCopyChunk, source_of(next), bytes, barriers + stage);
   };
   CopyItems loading = item;
+#pragma unroll 1
   for (int i = 0; i < kCopyStages - 1; ++i) {
     load(loading, i);
     if (loading.valid()) loading.advance();
@@ -171,15 +174,16 @@ __device__ inline void copy_rows(const LowCombineParams& params, std::uint8_t* t
     const int elements = elements_of(item.chunk());
     std::uint8_t* data = stages + stage * kCopyChunk;
     barrier_wait(barriers + stage, parity);
-    if (params.quantize) {
+    if constexpr (kQuantizes) {
       quantize_chunk<T>(data, elements, params.power_of_two, scales);
       fence_shared_to_bulk();
       __syncwarp();
       float* out = scales_of(item);
+#pragma unroll 1
       for (int i = lane; i * static_cast<int>(kFp8Block) < elements; i += 32) out[i] = scales[i];
     }
     if (lane == 0) {
-      bulk_store_kept(target_of(item), data, static_cast<std::uint32_t>(elements * (params.quantize ? 1 : T::kBytes)));
+      bulk_store_kept(target_of(item), data, static_cast<std::uint32_t>(elements * (kQuantizes ? 1 : T::kBytes)));
       bulk_commit();
     }
     __syncwarp();
@@ -190,8 +194,9 @@ __device__ inline void copy_rows(const LowCombineParams& params, std::uint8_t* t
     }
   }
 #endif
+#pragma unroll 1
   for (; item.valid(); item.advance()) {
-    copy_chunk<T>(params, source_of(item), target_of(item), scales_of(item), elements_of(item.chunk()));
+    copy_chunk<T, kQuantizes>(params, source_of(item), target_of(item), scales_of(item), elements_of(item.chunk()));
   }
   bulk_wait_written();
   fence_bulk_to_global();

@@ -1,6 +1,7 @@
 // Low-latency dispatch in one launch: every block looks at all of the rank's routes, so that no block waits for
-// another one; the first one posts how many rows go to each expert; with all ranks' counts every row has its slot, and
-// is written there once. Rows are loaded, and quantised, while posts are on their way.
+// another one, and posts to one rank how many rows go to each expert; with all ranks' counts every row has its slot,
+// and is written there once. Rows are loaded, and quantised, while posts are on their way.
+#include <algorithm>
 #include <climits>
 
 #include "cuda/launch.h"
@@ -13,6 +14,9 @@ namespace {
 
 constexpr Operation kOperation = Operation::kLowDispatch;
 constexpr LowKind kKind = LowKind::kDispatch;
+// Routes are counted by the first warps of a block; the others see to the rows meanwhile.
+constexpr int kRouters = kLowCountWarps * 32;
+constexpr int kQuickSpins = 256;  // for a word, before looking what keeps it
 
 // Arrays of one rank's receive buffer.
 struct LowDestination {
@@ -25,12 +29,15 @@ struct LowDestination {
 // Arrays in shared memory, in their order. Offsets come from the host: finding them takes a kernel a microsecond.
 enum LowArray : int {
   kBarriers,      // std::uint64_t [warps][stages]
+  kHeaps,         // std::uint8_t* [num_ranks]
   kDestinations,  // LowDestination [num_ranks]
   kScales,        // float [warps][kMostScalesAChunk]
   kIds,           // std::int32_t [routes] expert, -1: none
   kKeys,          // std::int32_t [routes] layout rank: the rank where a row goes, once a rank; -1: nowhere
   kRankOf,        // std::int32_t [num_experts]
   kLocalOf,       // std::int32_t [num_experts]
+  kPlaces,        // std::uint16_t [routes] among a run's rows that go to the same place
+  kCounters,      // std::uint16_t [count_warps][places] rows of a run, then of those before it
   kCounts,        // std::int32_t [bins] rows of this rank, then those of ranks before it
   kTotals,        // std::int32_t [bins]
   kHeader,        // std::uint32_t [num_ranks][words before the counts]
@@ -52,9 +59,12 @@ void lay_out(LowDispatchParams& params) {
   const bool by_rank = params.low.row_layout == RowLayout::kRank;
   std::size_t bytes[kNumArrays] = {};
   bytes[kBarriers] = kWarps * params.stages * sizeof(std::uint64_t);
+  bytes[kHeaps] = ranks * sizeof(std::uint8_t*);
   bytes[kDestinations] = ranks * sizeof(LowDestination);
   bytes[kScales] = params.source.quantize ? kWarps * kMostScalesAChunk * sizeof(float) : 0;
   bytes[kIds] = routes * sizeof(std::int32_t);
+  bytes[kPlaces] = routes * sizeof(std::uint16_t);
+  bytes[kCounters] = static_cast<std::size_t>(params.count_warps) * (by_rank ? ranks : experts) * sizeof(std::uint16_t);
   bytes[kKeys] = by_rank ? routes * sizeof(std::int32_t) : 0;
   bytes[kRankOf] = bytes[kLocalOf] = experts * sizeof(std::int32_t);
   bytes[kCounts] = bytes[kTotals] = (experts + (by_rank ? ranks : 0)) * sizeof(std::int32_t);
@@ -67,6 +77,8 @@ void lay_out(LowDispatchParams& params) {
   }
 }
 
+__device__ inline void sync_routers() { sync_some(1, kRouters); }
+
 struct LowShared {
   std::uint8_t* base;
   const std::uint32_t* offsets;
@@ -75,10 +87,13 @@ struct LowShared {
   __device__ T* at(LowArray array) const {
     return reinterpret_cast<T*>(base + offsets[array]);
   }
+  __device__ std::uint8_t** heaps() const { return at<std::uint8_t*>(kHeaps); }
   __device__ LowDestination* destinations() const { return at<LowDestination>(kDestinations); }
   __device__ std::int32_t* ids() const { return at<std::int32_t>(kIds); }
   __device__ std::int32_t* rank_of() const { return at<std::int32_t>(kRankOf); }
   __device__ std::int32_t* local_of() const { return at<std::int32_t>(kLocalOf); }
+  __device__ std::uint16_t* places() const { return at<std::uint16_t>(kPlaces); }
+  __device__ std::uint16_t* counters() const { return at<std::uint16_t>(kCounters); }
   __device__ std::int32_t* counts() const { return at<std::int32_t>(kCounts); }
   __device__ std::int32_t* totals() const { return at<std::int32_t>(kTotals); }
   __device__ std::uint32_t* header() const { return at<std::uint32_t>(kHeader); }
@@ -86,20 +101,22 @@ struct LowShared {
   __device__ std::uint8_t* missing() const { return at<std::uint8_t>(kMissing); }
 };
 
-// An item is one chunk of one token's row. A warp has a run of items, so of few tokens.
+// An item is one chunk of one token's row. A block has a run of items, which its warps take in turn: what is written at
+// the same time lies together.
 struct LowItems {
-  int begin;
+  int first;  // of this warp; then every kWarps-th
   int end;
 
   __device__ explicit LowItems(const LowDispatchParams& params) {
     const int all = params.num_tokens * params.chunks;
-    const int warps = static_cast<int>(gridDim.x) * kWarps;
-    // Neighbours are in different blocks, so that few items are spread over all.
-    const int warp = static_cast<int>(threadIdx.x / 32 * gridDim.x + blockIdx.x);
-    const int each = all / warps;
-    const int extra = all % warps;
-    begin = each * warp + min(warp, extra);
-    end = begin + each + (warp < extra ? 1 : 0);
+    const int blocks = static_cast<int>(gridDim.x);
+    const int block = static_cast<int>(blockIdx.x);
+    const int each = all / blocks;
+    const int extra = all % blocks;
+    const int begin = each * block + min(block, extra);
+    // The routers are the last to be free.
+    first = begin + kWarps - 1 - static_cast<int>(threadIdx.x / 32);
+    end = begin + each + (block < extra ? 1 : 0);
   }
 };
 
@@ -132,6 +149,7 @@ struct LowLoader {
       return;
     }
     // Rows of e4m3 are words of 4 bytes.
+#pragma unroll 1
     for (int i = lane; i < bytes / 4; i += 32) {
       reinterpret_cast<std::uint32_t*>(stage(which))[i] = reinterpret_cast<const std::uint32_t*>(from)[i];
     }
@@ -175,18 +193,25 @@ struct LowStart {
   }
 };
 
-__device__ inline void keep_id(const LowDispatchParams& params, const LowShared& shared, int at, std::int64_t id) {
+// Whether an id is out of range.
+__device__ inline bool keep_id(const LowDispatchParams& params, const LowShared& shared, int at, std::int64_t id) {
   const bool good = id >= -1 && id < params.low.group.num_experts;
   shared.ids()[at] = good ? static_cast<std::int32_t>(id) : -2;
+  return !good;
 }
 
-// Into shared memory, with what did not fit the first go. All threads; a barrier comes next.
-__device__ void keep_start(const LowDispatchParams& params, const LowShared& shared, const LowStart& start) {
+// Into shared memory, with what did not fit the first go. All threads; a barrier comes next. Whether this thread has
+// seen something rare: a rank that is left out, an id out of range.
+__device__ bool keep_start(const LowDispatchParams& params, const LowShared& shared, const LowStart& start) {
   const LowGroup& low = params.low;
   const int routes = params.num_tokens * params.topk;
+  bool rare = false;
   const auto keep_rank = [&](int rank, std::uint32_t since, std::uint8_t* base) {
-    shared.masked()[rank] = is_masked(since, start.sequence) ? 1 : 0;
+    const bool masked = is_masked(since, start.sequence);
+    rare = rare || masked;
+    shared.masked()[rank] = masked ? 1 : 0;
     shared.missing()[rank] = 0;
+    shared.heaps()[rank] = base;
     std::uint8_t* block = base + params.receive_offset;
     shared.destinations()[rank] = LowDestination{block, reinterpret_cast<float*>(block + params.arrays.scales),
                                                  reinterpret_cast<float*>(block + params.arrays.weights),
@@ -194,145 +219,165 @@ __device__ void keep_start(const LowDispatchParams& params, const LowShared& sha
   };
   int at = static_cast<int>(threadIdx.x);
   if (at < low.group.num_ranks) keep_rank(at, start.since, start.base);
+#pragma unroll 1
   for (int rank = at + kThreads; rank < low.group.num_ranks; rank += kThreads) {
     keep_rank(rank, load_relaxed_device(low.masked_since + rank), low.group.bases[rank]);
   }
 #pragma unroll
   for (int i = 0; i < LowStart::kAtOnce; ++i) {
-    if (at + i * kThreads < routes) keep_id(params, shared, at + i * kThreads, start.ids[i]);
+    if (at + i * kThreads < routes) rare = keep_id(params, shared, at + i * kThreads, start.ids[i]) || rare;
   }
+#pragma unroll 1
   for (int i = at + LowStart::kAtOnce * kThreads; i < routes; i += kThreads) {
-    keep_id(params, shared, i, params.topk_idx[i]);
+    rare = keep_id(params, shared, i, params.topk_idx[i]) || rare;
   }
   if (at < low.group.num_experts) {
     shared.rank_of()[at] = start.rank_of;
     shared.local_of()[at] = start.local_of;
   }
+#pragma unroll 1
   for (int i = at + kThreads; i < low.group.num_experts; i += kThreads) {
     shared.rank_of()[i] = low.group.rank_of_expert[i];
     shared.local_of()[i] = low.group.local_of_expert[i];
   }
+#pragma unroll 1
   for (int bin = at; bin < params.bins; bin += kThreads) shared.counts()[bin] = 0;
+  const int words = (params.count_warps * params.places + 1) / 2;
+#pragma unroll 1
+  for (int word = at; word < words; word += kThreads) shared.at<std::uint32_t>(kCounters)[word] = 0;
+  return rare;
 }
 
-// Layout rank: where rows go, once a rank. All threads; ends with a barrier.
-__device__ void find_keys(const LowDispatchParams& params, const LowShared& shared) {
+// Layout rank: where rows go, once a rank. The routers; ends with a barrier.
+__device__ __noinline__ void find_keys(const LowDispatchParams& params, const LowShared& shared) {
   const int routes = params.num_tokens * params.topk;
-  for (int at = threadIdx.x; at < routes; at += kThreads) {
+#pragma unroll 1
+  for (int at = threadIdx.x; at < routes; at += kRouters) {
     const std::int32_t id = shared.ids()[at];
     const int rank = id >= 0 ? shared.rank_of()[id] : -1;
     bool first = rank >= 0;
+#pragma unroll 1
     for (int earlier = at / params.topk * params.topk; earlier < at && first; ++earlier) {
       const std::int32_t other = shared.ids()[earlier];
       first = other < 0 || shared.rank_of()[other] != rank;
     }
     shared.at<std::int32_t>(kKeys)[at] = first ? rank : -1;
   }
-  __syncthreads();
+  sync_routers();
 }
 
-// Rows of this rank for each bin (an expert, then a rank in layout rank), and the smallest flat index of an id out of
-// range. All threads of the block that posts; ends with a barrier.
-__device__ void count_routes(const LowDispatchParams& params, const LowShared& shared, bool by_rank,
-                             std::uint32_t& bad_route) {
+// For every route, how many of this rank's rows go to the same place before it: within its run of routes (`places`),
+// and in the runs before that (`counters`); and of each place, how many there are (`counts`). Runs are of one warp
+// each. All threads; ends with a barrier.
+__device__ void find_places(const LowDispatchParams& params, const LowShared& shared, const std::int32_t* keys,
+                            std::int32_t* counts) {
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x & 31;
   const int routes = params.num_tokens * params.topk;
-  for (int at = threadIdx.x; at < routes; at += kThreads) {
+  if (warp < params.count_warps) {
+    std::uint16_t* counter = shared.counters() + warp * params.places;
+    const int end = min(routes, (warp + 1) * params.run);
+#pragma unroll 1
+    for (int first = warp * params.run; first < end; first += 32) {
+      const int at = first + lane;
+      const std::int32_t key = at < end ? keys[at] : -1;
+      const unsigned same = __match_any_sync(0xffffffffu, key);
+      const unsigned earlier = same & ((1u << lane) - 1);
+      const int before = key >= 0 ? counter[key] : 0;
+      if (at < end) shared.places()[at] = static_cast<std::uint16_t>(before + __popc(earlier));
+      __syncwarp();
+      if (key >= 0 && earlier == 0) counter[key] = static_cast<std::uint16_t>(before + __popc(same));
+      __syncwarp();
+    }
+  }
+  sync_routers();
+#pragma unroll 1
+  for (int place = threadIdx.x; place < params.places; place += kRouters) {
+    int sum = 0;
+#pragma unroll 4
+    for (int run = 0; run < params.count_warps; ++run) {
+      std::uint16_t& counter = shared.counters()[run * params.places + place];
+      const int rows = counter;
+      counter = static_cast<std::uint16_t>(sum);
+      sum += rows;
+    }
+    counts[place] = sum;
+  }
+  sync_routers();
+}
+
+// Layout rank: rows for each expert. The routers; ends with a barrier.
+__device__ __noinline__ void count_experts(const LowDispatchParams& params, const LowShared& shared) {
+#pragma unroll 1
+  for (int at = threadIdx.x; at < params.num_tokens * params.topk; at += kRouters) {
     const std::int32_t id = shared.ids()[at];
     if (id >= 0) atomicAdd(shared.counts() + id, 1);
-    if (id < -1) atomicMin(&bad_route, static_cast<std::uint32_t>(at));
-    if (!by_rank) continue;
-    const std::int32_t rank = shared.at<std::int32_t>(kKeys)[at];
-    if (rank >= 0) atomicAdd(shared.counts() + params.low.group.num_experts + rank, 1);
   }
-  __syncthreads();
+  sync_routers();
 }
 
-// A token's routes in a warp: lane j has the j-th one until they are sorted.
+// The first id out of range, if there is any, into the post; its other half goes where nobody will want a count. All
+// threads; ends with a barrier.
+__device__ __noinline__ void find_bad_route(const LowDispatchParams& params, const LowShared& shared, LowPost& post) {
+  __shared__ std::uint32_t first;
+  if (threadIdx.x == 0) first = 0xffffffffu;
+  sync_routers();
+#pragma unroll 1
+  for (int at = threadIdx.x; at < params.num_tokens * params.topk; at += kRouters) {
+    if (shared.ids()[at] == -2) atomicMin(&first, static_cast<std::uint32_t>(at));
+  }
+  sync_routers();
+  if (first == 0xffffffffu) return;
+  post.bad_route = first + 1;
+  post.bad_expert = static_cast<std::uint32_t>(params.topk_idx[first]);
+  if (threadIdx.x == 0) shared.counts()[0] = static_cast<std::int32_t>(params.topk_idx[first] >> 32);
+  sync_routers();
+}
+
+// Routes of a token in a warp, which are to become its entries, sorted by rank and position.
 struct LowRoutes {
-  std::int32_t key;    // -1: goes nowhere
-  std::int32_t place;  // among this rank's rows that go to the same place
+  std::int32_t rank;  // of lane j's route; INT_MAX: it goes nowhere
+  std::int32_t bin;   // where it is counted
+  std::int32_t slot;  // but for what comes before this rank's rows
+  std::int32_t from;  // the lane whose route becomes lane j's entry
 };
 
-// How many rows go to the same places before a token's. A warp.
-__device__ LowRoutes find_places(const LowDispatchParams& params, const std::int32_t* keys, int token) {
+__device__ LowRoutes sort_routes(const LowDispatchParams& params, const LowShared& shared, const std::int32_t* keys,
+                                 int token, bool by_rank) {
   const int lane = threadIdx.x & 31;
-  const int first = token * params.topk;
-  LowRoutes routes{-1, 0};
-  if (lane < params.topk) routes.key = keys[first + lane];
-  constexpr int kTogether = 8;  // routes that a lane looks for at a time
-  const auto* vectors = reinterpret_cast<const int4*>(keys);
-  for (int j = 0; j < params.topk; j += kTogether) {
-    std::int32_t wanted[kTogether];
-    int earlier[kTogether] = {};
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      wanted[i] = __shfl_sync(0xffffffffu, routes.key, (j + i) & 31);
-      // Where there are fewer, one that is not there.
-      if (j + i >= params.topk || wanted[i] < 0) wanted[i] = -3;
-    }
-#pragma unroll 2
-    for (int i = lane; i < first / 4; i += 32) {
-      const int4 four = vectors[i];
-#pragma unroll
-      for (int k = 0; k < kTogether; ++k) {
-        earlier[k] += (four.x == wanted[k]) + (four.y == wanted[k]) + (four.z == wanted[k]) + (four.w == wanted[k]);
-      }
-    }
-    // The rest of whole vectors, and the token's own routes before the wanted one.
-    const int rest = first / 4 * 4 + lane;
-    const std::int32_t key = rest < first + params.topk ? keys[rest] : -1;
-#pragma unroll
-    for (int k = 0; k < kTogether; ++k) {
-      if (rest < first + j + k && key == wanted[k]) ++earlier[k];
-      const int before = __reduce_add_sync(0xffffffffu, earlier[k]);
-      if (lane == j + k) routes.place = before;
-    }
-    // Routes of the token that the vectors and the 32 lanes above did not reach: there are fewer than 3 + topk.
-    if (first % 4 + params.topk > 32) {
-      const int beyond = rest + 32;
-      const std::int32_t other = beyond < first + params.topk ? keys[beyond] : -1;
-#pragma unroll
-      for (int k = 0; k < kTogether; ++k) {
-        const int before = __popc(__ballot_sync(0xffffffffu, beyond < first + j + k && other == wanted[k]));
-        if (lane == j + k) routes.place += before;
-      }
-    }
+  const int at = token * params.topk + lane;
+  LowRoutes routes{INT_MAX, 0, 0, 0};
+  const std::int32_t key = lane < params.topk ? keys[at] : -1;
+  if (key >= 0) {
+    routes.rank = by_rank ? key : shared.rank_of()[key];
+    routes.bin = by_rank ? params.low.group.num_experts + key : key;
+    routes.slot = (by_rank ? 0 : shared.local_of()[key] * params.capacity) + shared.places()[at] +
+                  shared.counters()[at / params.run * params.places + key];
+    if (shared.masked()[routes.rank] != 0) routes.rank = INT_MAX;
   }
+  int to = 0;
+#pragma unroll 4
+  for (int j = 0; j < params.topk; ++j) {
+    const int other = __shfl_sync(0xffffffffu, routes.rank, j);
+    to += other < routes.rank || (other == routes.rank && j < lane) ? 1 : 0;
+  }
+#pragma unroll 4
+  for (int j = 0; j < params.topk; ++j) routes.from = __shfl_sync(0xffffffffu, to, j) == lane ? j : routes.from;
   return routes;
 }
 
-// The entries of a token, sorted by rank and position, from its routes and what comes before this rank's rows. A warp.
+// Lane j's entry, with the counts of all ranks.
 __device__ Entry place_entries(const LowDispatchParams& params, const LowShared& shared, const LowRoutes& routes,
                                bool by_rank, bool dropped) {
   const int lane = threadIdx.x & 31;
-  int rank = INT_MAX;
-  if (routes.key >= 0 && !dropped) {
-    rank = by_rank ? routes.key : shared.rank_of()[routes.key];
-    if (shared.masked()[rank] != 0) rank = INT_MAX;
-  }
-  int before = 0;
-  for (int j = 0; j < params.topk; ++j) {
-    const int other = __shfl_sync(0xffffffffu, rank, j);
-    before += other < rank || (other == rank && j < lane) ? 1 : 0;
-  }
-  std::int32_t slot = -1;
-  if (rank != INT_MAX) {
-    const int bin = by_rank ? params.low.group.num_experts + routes.key : routes.key;
-    const std::int32_t group_first =
-        by_rank ? 0 : shared.local_of()[routes.key] * static_cast<std::int32_t>(params.low.slots.capacity);
-    slot = group_first + shared.counts()[bin] + routes.place;
-  }
-  // Lane `before` takes what this lane has.
+  const std::int32_t slot = routes.slot + shared.counts()[routes.bin];
+  const int rank = __shfl_sync(0xffffffffu, routes.rank, routes.from);
   Entry entry{-1, -1, -1};
-  for (int j = 0; j < params.topk; ++j) {
-    const int to = __shfl_sync(0xffffffffu, before, j);
-    const int its_rank = __shfl_sync(0xffffffffu, rank, j);
-    const std::int32_t its_slot = __shfl_sync(0xffffffffu, slot, j);
-    if (to != lane || its_rank == INT_MAX) continue;
-    entry.slot = its_slot;
-    entry.rank = static_cast<std::int16_t>(its_rank);
-    entry.position = static_cast<std::int16_t>(by_rank ? -1 : j);
-  }
+  const std::int32_t its_slot = __shfl_sync(0xffffffffu, slot, routes.from);
+  if (lane >= params.topk || rank == INT_MAX || dropped) return entry;
+  entry.slot = its_slot;
+  entry.rank = static_cast<std::int16_t>(rank);
+  entry.position = static_cast<std::int16_t>(by_rank ? -1 : routes.from);
   return entry;
 }
 
@@ -342,67 +387,95 @@ struct LowVerdict {
   bool dropped;  // no rows cross
 };
 
+// A word of a post that had not come at first; 0 where it does not come at all, which `missing` tells then.
+__device__ __noinline__ std::uint32_t late_word(const LowGroup& low, const std::uint64_t* at, const LowAwaited& awaited,
+                                                int source, std::uint8_t* missing, bool& unusual) {
+  std::uint64_t seen = 0;
+  if (await_late_word(low, at, awaited, source, seen) == Wait::kCame) return low_value(seen);
+  unusual = true;
+  missing[source] = 1;
+  return 0;
+}
+
 // Waits for the posts of all ranks: their header words, and for each bin how many rows come before this rank's
 // (`counts`) and in all (`totals`). Whether anything is not as it usually is: all threads agree, and judge_posts()
 // finds out what. Ends with a barrier. No fence: rows are written only where a peer's kernel has begun, after all that
 // used its buffer before, and no store comes before the loads here that decide on it.
 __device__ bool gather_posts(const LowDispatchParams& params, const LowShared& shared, std::uint32_t sequence,
-                             const LowPost& mine) {
+                             const LowPost& mine, bool some_masked) {
   const LowGroup& low = params.low;
   const int ranks = low.group.num_ranks;
-  const int header = static_cast<int>(low.layout.header_words());
-  const std::uint64_t* posts = low_post_of(low, low.group.rank, kKind, params.index, 0);
-  const std::size_t stride = low.layout.post_stride() / sizeof(std::uint64_t);
+  const int header = params.header_words;
+  const auto* posts = reinterpret_cast<const std::uint64_t*>(shared.heaps()[low.group.rank] + params.posts_offset);
+  const int stride = params.post_stride;
+  std::uint8_t* const masked = shared.masked();
+  std::uint8_t* const missing = shared.missing();
+  const LowAwaited awaited{kKind, params.index, sequence, Step::kPost};
   bool unusual = false;
-  const auto await = [&](int source, int word) -> std::uint32_t {
-    std::uint64_t seen = 0;
-    const Wait wait =
-        await_late_word(low, posts + source * stride + word, sequence, source, Step::kPost, kOperation, seen);
-    if (wait == Wait::kCame) return low_value(seen);
-    unusual = true;
-    shared.missing()[source] = 1;
-    return 0;
-  };
   // The last threads, as the first ones have more of the bins.
+#pragma unroll 1
   for (int i = kThreads - 1 - static_cast<int>(threadIdx.x); i < ranks * header; i += kThreads) {
     const int source = i / header;
     const int word = i - source * header;
-    if (shared.masked()[source] != 0) continue;
-    const std::uint64_t seen = load_relaxed_system(posts + source * stride + word);
-    const std::uint32_t value = low_lead(seen, sequence) == 0 ? low_value(seen) : await(source, word);
+    if (masked[source] != 0) continue;
+    const std::uint64_t* at = posts + source * stride + word;
+    std::uint64_t seen = load_relaxed_system(at);
+#pragma unroll 1
+    for (int spin = 0; spin < kQuickSpins && low_lead(seen, sequence) != 0; ++spin) seen = load_relaxed_system(at);
+    const std::uint32_t value =
+        low_lead(seen, sequence) == 0 ? low_value(seen) : late_word(low, at, awaited, source, missing, unusual);
     shared.header()[i] = value;
     const int mask = static_cast<int>(LowWord::kMask);
-    std::uint32_t usual = 0;
+    std::uint32_t usual = word == static_cast<int>(LowWord::kBlocks) ? value : 0;
     if (word < kNumLowCompared) usual = reinterpret_cast<const std::uint32_t*>(&mine)[word];
-    if (word == static_cast<int>(LowWord::kBlocks)) usual = value;
+#pragma unroll 1
     for (int bit = 0; word >= mask && bit < 32 && (word - mask) * 32 + bit < ranks; ++bit) {
-      usual |= shared.masked()[(word - mask) * 32 + bit] != 0 ? 1u << bit : 0u;
+      usual |= masked[(word - mask) * 32 + bit] != 0 ? 1u << bit : 0u;
     }
     unusual = unusual || value != usual;
   }
   constexpr int kAtOnce = 8;  // loads in flight
+  // Words of a rank that is left out never come.
+  const int spins = some_masked ? 0 : kQuickSpins;
+#pragma unroll 1
   for (int bin = threadIdx.x; bin < params.bins; bin += kThreads) {
     std::int32_t before = 0;
     std::int32_t total = 0;
+#pragma unroll 1
     for (int first = 0; first < ranks; first += kAtOnce) {
       std::uint64_t words[kAtOnce];
+      bool here = false;
+#pragma unroll 1
+      for (int spin = 0; spin < spins && !here; ++spin) {
+        here = true;
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        words[i] = load_relaxed_system(posts + min(first + i, ranks - 1) * stride + header + bin);
+        for (int i = 0; i < kAtOnce; ++i) {
+          words[i] = load_relaxed_system(posts + min(first + i, ranks - 1) * stride + header + bin);
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) here = here && low_lead(words[i], sequence) == 0;
       }
+      if (here) {
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int source = first + i;
-        if (source >= ranks || shared.masked()[source] != 0) continue;
-        const bool here = low_lead(words[i], sequence) == 0;
-        const auto rows = static_cast<std::int32_t>(here ? low_value(words[i]) : await(source, header + bin));
+        for (int i = 0; i < kAtOnce; ++i) {
+          const std::int32_t rows = first + i < ranks ? static_cast<std::int32_t>(low_value(words[i])) : 0;
+          total += rows;
+          before += first + i < low.group.rank ? rows : 0;
+        }
+        continue;
+      }
+#pragma unroll 1
+      for (int source = first; source < ranks && source < first + kAtOnce; ++source) {
+        if (masked[source] != 0) continue;
+        const std::uint64_t* at = posts + source * stride + header + bin;
+        const auto rows = static_cast<std::int32_t>(late_word(low, at, awaited, source, missing, unusual));
         total += rows;
         before += source < low.group.rank ? rows : 0;
       }
     }
     shared.counts()[bin] = before;
     shared.totals()[bin] = total;
-    unusual = unusual || total > static_cast<std::int32_t>(low.slots.capacity);
+    unusual = unusual || total > params.capacity;
   }
   return __syncthreads_or(unusual) != 0;
 }
@@ -420,21 +493,29 @@ __device__ __noinline__ LowVerdict judge_posts(const LowDispatchParams& params, 
   __shared__ std::uint32_t first_full;
   if (threadIdx.x == 0) first = first_full = 0xffffffffu;
   bool missing = false;
+#pragma unroll 1
   for (int source = threadIdx.x; source < ranks; source += kThreads) missing = missing || shared.missing()[source] != 0;
   LowVerdict verdict{false, __syncthreads_or(missing) != 0};
   bool other_masks = false;
+#pragma unroll 1
   for (int i = threadIdx.x; i < ranks * header; i += kThreads) {
     const int source = i / header;
     const int word = i % header;
     if (shared.masked()[source] != 0 || shared.missing()[source] != 0) continue;
     const std::uint32_t theirs = shared.header()[i];
     const std::uint32_t mine = shared.header()[group.rank * header + word];
+    if (word == static_cast<int>(LowWord::kOperation) && theirs == kLowWithdrawn) {
+      const std::int64_t values[kReportValues] = {source, 0, 0, 0};
+      record_failure(group, Outcome::kMasked, kOperation, sequence, values);
+      continue;
+    }
     if (word < kNumLowCompared && theirs != mine) atomicMin(&first, static_cast<std::uint32_t>(i));
     if (word == static_cast<int>(LowWord::kBadRoute) && theirs != 0) {
       atomicMin(&first, static_cast<std::uint32_t>(ranks * header + source));
     }
     if (word < fields || theirs == mine) continue;
     other_masks = true;
+#pragma unroll 1
     for (int bit = 0; bit < 32; ++bit) {
       const int rank = (word - fields) * 32 + bit;
       if ((theirs >> bit & 1) == 0 || rank >= ranks) continue;
@@ -446,6 +527,7 @@ __device__ __noinline__ LowVerdict judge_posts(const LowDispatchParams& params, 
       }
     }
   }
+#pragma unroll 1
   for (int bin = threadIdx.x; bin < params.bins; bin += kThreads) {
     const bool counts_slots = bin >= group.num_experts || low.row_layout == RowLayout::kExpert;
     if (counts_slots && shared.totals()[bin] > static_cast<std::int32_t>(low.slots.capacity)) {
@@ -472,7 +554,10 @@ __device__ __noinline__ LowVerdict judge_posts(const LowDispatchParams& params, 
       outcome = Outcome::kBadRoute;
       values[0] = static_cast<int>(first) - ranks * header;
       values[1] = theirs[static_cast<int>(LowWord::kBadRoute)];
-      values[2] = static_cast<std::int32_t>(theirs[static_cast<int>(LowWord::kBadExpert)]);
+      const std::uint64_t* words =
+          low_post_of(low, shared.heaps()[group.rank], kKind, params.index, static_cast<int>(values[0]));
+      values[2] = static_cast<std::int64_t>(
+          low_word(low_value(load_relaxed_system(words + header)), theirs[static_cast<int>(LowWord::kBadExpert)]));
       values[3] = theirs[static_cast<int>(LowWord::kTopk)];
     } else {
       outcome = Outcome::kFullSlots;
@@ -489,8 +574,8 @@ __device__ __noinline__ LowVerdict judge_posts(const LowDispatchParams& params, 
 }
 
 // How many rows this rank has received, for the caller and for the combine. All threads of one block.
-__device__ void tell_counts(const LowDispatchParams& params, const LowShared& shared, std::uint32_t sequence,
-                            bool dropped) {
+__device__ __noinline__ void tell_counts(const LowDispatchParams& params, const LowShared& shared,
+                                         std::uint32_t sequence, bool dropped) {
   const LowGroup& low = params.low;
   const Group& group = low.group;
   const int header = static_cast<int>(low.layout.header_words());
@@ -499,10 +584,11 @@ __device__ void tell_counts(const LowDispatchParams& params, const LowShared& sh
   __syncthreads();
   const int first = group.first_of_rank[group.rank];
   const auto own_count = [&](int bin) {
-    const std::uint64_t* words = low_post_of(low, group.rank, kKind, params.index, group.rank);
+    const std::uint64_t* words = low_post_of(low, shared.heaps()[group.rank], kKind, params.index, group.rank);
     return static_cast<std::int32_t>(low_value(load_relaxed_system(words + header + bin)));
   };
   const bool by_expert = low.row_layout == RowLayout::kExpert;
+#pragma unroll 1
   for (int local = threadIdx.x; local < low.num_local_experts; local += blockDim.x) {
     const int expert = group.experts_by_rank[first + local];
     const std::int32_t rows = dropped ? 0 : shared.totals()[expert];
@@ -527,13 +613,14 @@ __device__ void tell_counts(const LowDispatchParams& params, const LowShared& sh
 }
 
 // What goes beside a row in layout rank: a warp, for one token.
-__device__ void send_metadata(const LowDispatchParams& params, const LowShared& shared, int token, const Entry& entry,
-                              int count) {
+__device__ __noinline__ void send_metadata(const LowDispatchParams& params, const LowShared& shared, int token,
+                                           const Entry& entry, int count) {
   const int lane = threadIdx.x & 31;
   const int at = token * params.topk + lane;
   const std::int32_t id = lane < params.topk ? shared.ids()[at] : -1;
   const int rank_of = id >= 0 ? shared.rank_of()[id] : -1;
   const float weight = lane < params.topk && params.sizes.weight > 0 ? params.source.weights[at] : 0.0f;
+#pragma unroll 1
   for (int i = 0; i < count; ++i) {
     const int rank = __shfl_sync(0xffffffffu, static_cast<int>(entry.rank), i);
     const std::size_t slot = static_cast<std::size_t>(__shfl_sync(0xffffffffu, entry.slot, i));
@@ -557,26 +644,41 @@ __device__ void store_chunk(const LowDispatchParams& params, const LowShared& sh
     bulk_commit();
     return;
   }
+#pragma unroll 1
   for (int i = 0; i < count; ++i) {
     const int rank = __shfl_sync(0xffffffffu, static_cast<int>(entry.rank), i);
     const std::size_t slot = static_cast<std::size_t>(__shfl_sync(0xffffffffu, entry.slot, i));
     std::uint8_t* to = shared.destinations()[rank].rows + slot * params.sizes.row + first_byte;
+#pragma unroll 1
     for (int word = lane; word < bytes / 4; word += 32) {
       reinterpret_cast<std::uint32_t*>(to)[word] = reinterpret_cast<const std::uint32_t*>(data)[word];
     }
   }
 }
 
-// Scales of a chunk beside its rows.
+// Scales of a chunk beside its rows: half a warp an entry.
 __device__ void store_scales(const LowDispatchParams& params, const LowShared& shared, const Entry& entry, int count,
                              const float* scales, int first_block, int blocks, int row_blocks) {
-  const int lane = threadIdx.x & 31;
-  for (int i = 0; i < count; ++i) {
-    const int rank = __shfl_sync(0xffffffffu, static_cast<int>(entry.rank), i);
-    const std::size_t slot = static_cast<std::size_t>(__shfl_sync(0xffffffffu, entry.slot, i));
-    float* to = shared.destinations()[rank].scales + params.low.slots.scale(slot, static_cast<std::size_t>(first_block),
-                                                                            static_cast<std::size_t>(row_blocks));
-    for (int block = lane; block < blocks; block += 32) to[block * params.low.slots.capacity] = scales[block];
+  const int lane = threadIdx.x & 15;
+  const int half = threadIdx.x / 16 & 1;
+  // As in LowSlots::scale, with one division, of 32 bits.
+  const auto capacity = static_cast<std::uint32_t>(params.capacity);
+  const std::uint32_t group = static_cast<std::uint32_t>(entry.slot) / capacity;
+  const std::uint32_t row = static_cast<std::uint32_t>(entry.slot) - group * capacity;
+  unsigned long long mine = 0;
+  if (entry.rank >= 0) {
+    mine = reinterpret_cast<unsigned long long>(
+        shared.destinations()[entry.rank].scales +
+        (static_cast<std::size_t>(group) * row_blocks + static_cast<std::size_t>(first_block)) * capacity + row);
+  }
+#pragma unroll 1
+  for (int i = 0; i < count; i += 2) {
+    auto* to = reinterpret_cast<float*>(__shfl_sync(0xffffffffu, mine, i + half));
+    if (i + half >= count) continue;
+#pragma unroll 2
+    for (int block = lane; block < blocks; block += 16) {
+      store_gathered(to + static_cast<std::size_t>(block) * capacity, scales[block]);
+    }
   }
 }
 
@@ -591,8 +693,8 @@ struct Quantized {
 };
 
 template <class Path>
-__device__ void prepare_chunk(const LowDispatchParams& params, const LowLoader& loader, int chunk, int which,
-                              std::uint32_t parity, float* scales) {
+__device__ __noinline__ void prepare_chunk(const LowDispatchParams& params, const LowLoader& loader, int chunk,
+                                           int which, std::uint32_t parity, float* scales) {
   loader.wait(which, parity);
   if constexpr (Path::kQuantizes) {
     using T = typename Path::Element;
@@ -600,6 +702,7 @@ __device__ void prepare_chunk(const LowDispatchParams& params, const LowLoader& 
     if (elements % 8 == 0) {
       quantize_chunk<T>(loader.stage(which), elements, params.source.power_of_two, scales);
     } else {
+#pragma unroll 1
       for (int done = 0; done < elements; done += kQuantizedAtOnce) {
         quantize_any_blocks<T>(loader.stage(which), done / static_cast<int>(kFp8Block), elements,
                                params.source.power_of_two, scales);
@@ -611,12 +714,13 @@ __device__ void prepare_chunk(const LowDispatchParams& params, const LowLoader& 
 }
 
 // Rows of this rank's buffer that carry no token: no experts. All threads; layout rank only.
-__device__ void clear_tail(const LowDispatchParams& params, const LowShared& shared, bool dropped) {
+__device__ __noinline__ void clear_tail(const LowDispatchParams& params, const LowShared& shared, bool dropped) {
   const LowGroup& low = params.low;
   const std::int32_t rows = dropped ? 0 : shared.totals()[low.group.num_experts + low.group.rank];
   const LowDestination& own = shared.destinations()[low.group.rank];
   const std::int64_t end = static_cast<std::int64_t>(low.slots.capacity) * params.topk;
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+#pragma unroll 1
   for (std::int64_t i = static_cast<std::int64_t>(rows) * params.topk + blockIdx.x * blockDim.x + threadIdx.x; i < end;
        i += step) {
     own.indices[i] = -1;
@@ -626,29 +730,30 @@ __device__ void clear_tail(const LowDispatchParams& params, const LowShared& sha
 
 // All threads of one block: rows of all ranks have come.
 template <class BlocksOf>
-__device__ void receive(const LowGroup& low, const LowRoutingView& routing, int index, std::uint32_t sequence,
-                        const std::uint8_t* masked, BlocksOf&& blocks_of) {
-  await_arrivals(low, kKind, index, sequence, masked, kOperation, blocks_of,
-                 [&](int source, Wait wait, std::uint32_t value) {
-                   routing.gave_up[source] = wait != Wait::kCame || (value & kLowGaveUp) != 0 ? 1 : 0;
-                 });
+__device__ void receive(const LowGroup& low, std::uint8_t* heap, const LowRoutingView& routing, int index,
+                        std::uint32_t sequence, const std::uint8_t* masked, BlocksOf&& blocks_of) {
+  await_arrivals(low, heap, kKind, index, sequence, masked, blocks_of, [&](int source, Wait wait, std::uint32_t value) {
+    routing.gave_up[source] = wait != Wait::kCame || (value & kLowGaveUp) != 0 ? 1 : 0;
+  });
 }
 
 // What work on the device reads must be sizes, also where the operation fails. All threads of one block.
-__device__ void clear_counts(const LowDispatchParams& params) {
+__device__ __noinline__ void clear_counts(const LowDispatchParams& params) {
   const int groups = params.low.row_layout == RowLayout::kExpert ? params.low.num_local_experts : 1;
+#pragma unroll 1
   for (int i = threadIdx.x; i < params.low.num_local_experts; i += blockDim.x) params.routing.tokens_per_expert[i] = 0;
+#pragma unroll 1
   for (int i = threadIdx.x; i < groups; i += blockDim.x) {
     params.routing.group_rows[i] = params.routing.own_first[i] = params.routing.own_rows[i] = 0;
   }
-  if (threadIdx.x == 0) params.routing.header->received = 0;
+  if (threadIdx.x == 0) params.routing.header->received = params.routing.header->combine_sequence = 0;
 }
 
 template <class Path>
 __global__ void __launch_bounds__(kThreads, 1) low_dispatch_kernel(const __grid_constant__ LowDispatchParams params) {
   extern __shared__ __align__(128) std::uint8_t memory[];
-  __shared__ std::uint32_t bad_route;
   const LowGroup& low = params.low;
+  const Group& group = low.group;
   const LowStart start(params);
   const std::uint32_t sequence = start.sequence;
   const LowShared shared{memory, params.offsets};
@@ -660,21 +765,21 @@ __global__ void __launch_bounds__(kThreads, 1) low_dispatch_kernel(const __grid_
                          shared.at<std::uint64_t>(kBarriers) + warp * stages};
   // A warp's barriers are its own: nobody else has to see them first.
   if (params.bulk_loads && lane == 0) {
+#pragma unroll 1
     for (int i = 0; i < stages; ++i) barrier_init(loader.barriers + i, 1);
     fence_barrier_init();
     fence_shared_to_bulk();
   }
   __syncwarp();
-  if (blockIdx.x == 0) clear_counts(params);
+  if (blockIdx.x == gridDim.x - 1) clear_counts(params);
   if (start.failed != 0) return;
-  for (int i = 0; i < stages; ++i) loader.load(loader.items.begin + i, i);
-  keep_start(params, shared, start);
-  if (threadIdx.x == 0) bad_route = 0xffffffffu;
-  __syncthreads();
+#pragma unroll 1
+  for (int i = 0; i < stages; ++i) loader.load(loader.items.first + i * kWarps, i);
+  const bool rare = __syncthreads_or(keep_start(params, shared, start)) != 0;
   if (threadIdx.x == kThreads - 1) begin_operation(low, sequence);
 
   const bool by_rank = low.row_layout == RowLayout::kRank;
-  if (by_rank) find_keys(params, shared);
+  const std::int32_t* keys = by_rank ? shared.at<std::int32_t>(kKeys) : shared.ids();
   LowPost post{static_cast<std::uint32_t>(kOperation),
                params.wire_element,
                static_cast<std::uint32_t>(params.topk),
@@ -685,47 +790,50 @@ __global__ void __launch_bounds__(kThreads, 1) low_dispatch_kernel(const __grid_
                0,
                0,
                0};
-  if (blockIdx.x == 0) {
-    count_routes(params, shared, by_rank, bad_route);
-    if (bad_route != 0xffffffffu) {
-      post.bad_route = bad_route + 1;
-      post.bad_expert = static_cast<std::uint32_t>(params.topk_idx[bad_route]);
+  if (threadIdx.x < kRouters) {
+    if (by_rank) find_keys(params, shared);
+    find_places(params, shared, keys, shared.counts() + (by_rank ? group.num_experts : 0));
+    if (static_cast<int>(blockIdx.x) < group.num_ranks) {
+      if (by_rank) count_experts(params, shared);
+      if (rare) find_bad_route(params, shared, post);
+      publish_low_post(low, kKind, params.index, sequence, post, shared.heaps(), shared.masked(), shared.counts(),
+                       params.bins, kRouters);
     }
-    publish_low_post(low, kKind, params.index, sequence, post, shared.masked(), shared.counts(), params.bins, kThreads);
-    // Counts become what comes before: all have been read.
-    __syncthreads();
   }
-  const std::int32_t* keys = by_rank ? shared.at<std::int32_t>(kKeys) : shared.ids();
   float* scales = shared.at<float>(kScales) + warp * kMostScalesAChunk;
-  const bool works = loader.items.begin < loader.items.end;
-  int token = loader.items.begin / params.chunks;
-  int chunk = loader.items.begin - token * params.chunks;
-  LowRoutes routes{-1, 0};
-  if (works) {
-    routes = find_places(params, keys, token);
-    prepare_chunk<Path>(params, loader, chunk, 0, 0, scales);
-  }
+  const auto token_of = [&](int item) {
+    return static_cast<int>(static_cast<std::uint32_t>(item) / static_cast<std::uint32_t>(params.chunks));
+  };
+  const int first_item = loader.items.first;
+  const int first_token = token_of(first_item);
+  const bool works = first_item < loader.items.end;
+  if (works) prepare_chunk<Path>(params, loader, first_item - first_token * params.chunks, 0, 0, scales);
+  // Counts become what comes before: all have been read. And all places are there.
+  __syncthreads();
+  LowRoutes routes{INT_MAX, 0, 0, 0};
+  if (works) routes = sort_routes(params, shared, keys, first_token, by_rank);
   LowVerdict verdict{false, false};
-  if (gather_posts(params, shared, sequence, post)) verdict = judge_posts(params, shared, sequence);
+  if (gather_posts(params, shared, sequence, post, rare)) verdict = judge_posts(params, shared, sequence);
   if (verdict.failed) {
     // Shared memory is not to be left before what is on the way to it.
+#pragma unroll 1
     for (int i = 1; i < stages; ++i) {
-      if (loader.items.begin + i < loader.items.end) loader.wait(i, 0);
+      if (first_item + i * kWarps < loader.items.end) loader.wait(i, 0);
     }
     return;
   }
-  Entry entry{-1, -1, -1};
-  int count = 0;
   int which = 0;
   std::uint32_t parity = 0;
-  for (int item = loader.items.begin; item < loader.items.end; ++item) {
-    const bool is_first = item == loader.items.begin;
-    if (is_first || chunk == 0) {
-      if (!is_first) routes = find_places(params, keys, token);
-      entry = place_entries(params, shared, routes, by_rank, verdict.dropped);
-      count = __popc(__ballot_sync(0xffffffffu, entry.rank >= 0));
+#pragma unroll 1
+  for (int item = first_item; item < loader.items.end; item += kWarps) {
+    const int token = token_of(item);
+    const int chunk = item - token * params.chunks;
+    if (item != first_item) {
+      routes = sort_routes(params, shared, keys, token, by_rank);
+      prepare_chunk<Path>(params, loader, chunk, which, parity, scales);
     }
-    if (!is_first) prepare_chunk<Path>(params, loader, chunk, which, parity, scales);
+    const Entry entry = place_entries(params, shared, routes, by_rank, verdict.dropped);
+    const int count = __popc(__ballot_sync(0xffffffffu, entry.rank >= 0));
     const int elements = loader.elements(chunk);
     store_chunk(params, shared, entry, count, loader.stage(which), chunk * params.chunk_elements * params.out_bytes,
                 elements * params.out_bytes);
@@ -745,7 +853,7 @@ __global__ void __launch_bounds__(kThreads, 1) low_dispatch_kernel(const __grid_
       if (by_rank) send_metadata(params, shared, token, entry, count);
     }
     __syncwarp();
-    const int next = item + stages;
+    const int next = item + stages * kWarps;
     if (next < loader.items.end) {
       if (params.bulk_stores) bulk_wait_read<0>();
       __syncwarp();
@@ -755,22 +863,19 @@ __global__ void __launch_bounds__(kThreads, 1) low_dispatch_kernel(const __grid_
       which = 0;
       parity ^= 1;
     }
-    if (++chunk == params.chunks) {
-      chunk = 0;
-      ++token;
-    }
   }
   if (by_rank) clear_tail(params, shared, verdict.dropped);
-  if (verdict.dropped && threadIdx.x == 0) params.routing.header->gave_up = sequence;
+  if (verdict.dropped && threadIdx.x == 0) low.state->gave_up[params.index] = sequence;
   bulk_wait_written();
   fence_bulk_to_global();
   __syncthreads();
-  signal_arrival(low, kKind, params.index, sequence, shared.masked(), gridDim.x | (verdict.dropped ? kLowGaveUp : 0u));
-  if (blockIdx.x != 0) return;
-  tell_counts(params, shared, sequence, verdict.dropped);
-  if ((params.halves & kLowReceive) == 0) return;
+  signal_arrival(low, kKind, params.index, sequence, shared.heaps(), shared.masked(),
+                 gridDim.x | (verdict.dropped ? kLowGaveUp : 0u));
+  // By two blocks, where there are two: the first one waits for what the others send.
+  if (blockIdx.x == gridDim.x - 1) tell_counts(params, shared, sequence, verdict.dropped);
+  if (blockIdx.x != 0 || (params.halves & kLowReceive) == 0) return;
   const int header = static_cast<int>(low.layout.header_words());
-  receive(low, params.routing, params.index, sequence, shared.masked(), [&](int source) {
+  receive(low, shared.heaps()[group.rank], params.routing, params.index, sequence, shared.masked(), [&](int source) {
     return shared.missing()[source] != 0
                ? 0
                : static_cast<int>(shared.header()[source * header + static_cast<int>(LowWord::kBlocks)]);
@@ -784,12 +889,13 @@ __global__ void __launch_bounds__(kThreads, 1) low_receive_kernel(const __grid_c
   // Ranks that were left out meanwhile are not waited for either.
   const std::uint32_t begun = load_relaxed_device(&low.state->sequence);
   const std::uint32_t sequence = params.routing.header->sequence;
+#pragma unroll 1
   for (int rank = threadIdx.x; rank < low.group.num_ranks; rank += blockDim.x) {
     memory[rank] = is_masked(load_relaxed_device(low.masked_since + rank), begun) ? 1 : 0;
   }
   if (failed != 0) return;
   __syncthreads();
-  receive(low, params.routing, params.index, sequence, memory, [](int) { return 0; });
+  receive(low, low.group.bases[low.group.rank], params.routing, params.index, sequence, memory, [](int) { return 0; });
 }
 
 __global__ void low_mask_kernel(LowGroup low, std::uint64_t ranks, int first) {
@@ -821,8 +927,15 @@ std::size_t complete_low_dispatch(LowDispatchParams& params) {
   params.bins =
       params.low.group.num_experts + (params.low.row_layout == RowLayout::kRank ? params.low.group.num_ranks : 0);
   params.receive_offset = params.low.layout.receive(static_cast<std::size_t>(params.index));
+  params.posts_offset = params.low.layout.post(kKind, static_cast<std::size_t>(params.index), 0);
+  params.post_stride = static_cast<std::int32_t>(params.low.layout.post_stride() / sizeof(std::uint64_t));
+  params.header_words = static_cast<std::int32_t>(params.low.layout.header_words());
+  params.capacity = static_cast<std::int32_t>(params.low.slots.capacity);
   params.arrays =
       params.low.slots.arrays(params.sizes.row, params.sizes.scale, params.sizes.weight, params.sizes.index);
+  params.places = params.low.row_layout == RowLayout::kRank ? params.low.group.num_ranks : params.low.group.num_experts;
+  const int routes = params.num_tokens * params.topk;
+  params.run = std::max(32, (routes + 32 * params.count_warps - 1) / (32 * params.count_warps) * 32);
   lay_out(params);
   return params.offsets[kNumArrays];
 }

@@ -94,18 +94,28 @@ void Communicator::low_dispatch(const LowDispatchArguments& arguments) {
   const std::int64_t unit = quantized ? static_cast<std::int64_t>(kFp8Block) : 16 / element;
   const std::int64_t row = source.hidden * element;
   const std::int64_t wanted = divided_up(std::int64_t{most} * kWarps, std::max<std::int64_t>(arguments.num_tokens, 1));
-  const std::int64_t fewest = divided_up(row, kLargestLowChunk);
+  // Where every warp has one, it needs no second stage, and chunks may be twice as long.
+  const bool one_each =
+      wanted >= divided_up(row, 2 * kLargestLowChunk) && arguments.num_tokens * wanted <= std::int64_t{most} * kWarps;
+  const std::int64_t largest_bytes = one_each ? 2 * kLargestLowChunk : kLargestLowChunk;
+  const std::int64_t fewest = divided_up(row, largest_bytes);
   const std::int64_t chunks = std::clamp(wanted, fewest, std::max(fewest, divided_up(row, kSmallestLowChunk)));
-  const std::int64_t largest = kLargestLowChunk / element / unit * unit;
+  const std::int64_t largest = largest_bytes / element / unit * unit;
   params.chunk_elements =
       static_cast<std::int32_t>(std::min(largest, divided_up(divided_up(source.hidden, chunks), unit) * unit));
   if (tuned_send_.chunk_bytes > 0) params.chunk_elements = static_cast<std::int32_t>(tuned_send_.chunk_bytes / element);
   const std::int64_t items = arguments.num_tokens * divided_up(source.hidden, params.chunk_elements);
   const int blocks = static_cast<int>(std::clamp<std::int64_t>(items, 1, most));
-  for (params.stages = 2; params.stages > 0; --params.stages) {
-    if (complete_low_dispatch(params) <= most_shared_bytes_) break;
+  // Less is slower, but all of it works.
+  bool fits = false;
+  for (int stages = one_each ? 1 : 2; stages > 0; --stages) {
+    for (int warps = kLowCountWarps; warps > 0 && !fits; warps /= 2) {
+      params.stages = stages;
+      params.count_warps = warps;
+      fits = complete_low_dispatch(params) <= most_shared_bytes_;
+    }
   }
-  if (params.stages == 0) {
+  if (!fits) {
     throw Error(ErrorKind::kConfig, std::to_string(group_.num_experts) + " experts and " +
                                         std::to_string(arguments.num_tokens) +
                                         " tokens are more than this GPU's shared memory has room for in one "
@@ -137,7 +147,9 @@ bool Communicator::low_combine(const LowCombineArguments& arguments) {
   const bool sends = (arguments.halves & kLowSend) != 0;
   const bool receives = (arguments.halves & kLowReceive) != 0;
   const std::uint8_t* in_place = low_rows(arguments.index);
-  const bool copies = sends && (arguments.quantize || arguments.rows != in_place);
+  // Without experts there is nothing to copy.
+  const bool is_in_place = !arguments.quantize && (arguments.rows == in_place || arguments.rows == nullptr);
+  const bool copies = sends && !is_in_place;
   LowCombineParams params{};
   params.low = low_group();
   params.topk_idx = arguments.topk_idx;
@@ -157,8 +169,7 @@ bool Communicator::low_combine(const LowCombineArguments& arguments) {
   params.lost = arguments.lost;
   params.halves = arguments.halves;
   // A receive half reads this rank's own rows where the caller left them, too.
-  params.rows = arguments.quantize || arguments.rows == in_place ? nullptr : arguments.rows;
-  if (copies) params.rows = arguments.rows;
+  params.rows = is_in_place || (arguments.quantize && !sends) ? nullptr : arguments.rows;
 
   params.pipeline = reduce_pipeline(num_ranks(), params.topk, false);
   params.pipeline.chunk_bytes = kReduceChunk;

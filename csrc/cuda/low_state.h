@@ -16,14 +16,16 @@ namespace gpu {
 struct LowState {
   std::uint32_t sequence;  // of the last operation whose send half has begun in all blocks
   std::uint32_t blocks;    // counter of blocks that wraps to 0 by itself
+  // By index: sequence number of the last dispatch of which some block dropped its part.
+  std::uint32_t gave_up[kLowBuffers];
 };
 
 // Routing of one handle, in device memory that the handle owns; tensors of results lie in it too.
 struct LowHeader {
   std::uint32_t sequence;          // of the dispatch
   std::uint32_t combine_sequence;  // of its last combine
-  std::uint32_t gave_up;           // the same number again, if some block dropped its part
-  std::uint32_t received;          // rows in all
+  std::uint32_t unused;
+  std::uint32_t received;  // rows in all
 };
 
 struct LowRoutingShape {
@@ -82,7 +84,8 @@ struct LowGroup {
 // Which halves of an operation a launch does.
 enum LowHalves : std::int32_t { kLowSend = 1, kLowReceive = 2, kLowBoth = 3 };
 
-constexpr int kLowDispatchOffsets = 14;
+constexpr int kLowDispatchOffsets = 17;
+constexpr int kLowCountWarps = 8;
 
 struct LowDispatchParams {
   LowGroup low;
@@ -95,16 +98,23 @@ struct LowDispatchParams {
   std::int32_t index;
   std::int32_t chunk_elements;  // of a row that a warp moves at a time: whole FP8 blocks where rows are quantised
   std::int32_t stages;          // of each warp's ring
+  std::int32_t count_warps;     // that count routes: as many as shared memory has counters for
   bool bulk_loads;
   bool bulk_stores;
   LowHalves halves;
   // What follows from the above; see complete_low_dispatch().
-  std::int32_t chunks;                         // of a row
-  std::int32_t stage_bytes;                    // of the ring
-  std::int32_t element_bytes;                  // of the source
-  std::int32_t out_bytes;                      // of an element as it crosses
-  std::uint32_t wire_element;                  // Element of it
-  std::int32_t bins;                           // experts, and ranks in layout rank
+  std::int32_t chunks;         // of a row
+  std::int32_t stage_bytes;    // of the ring
+  std::int32_t element_bytes;  // of the source
+  std::int32_t out_bytes;      // of an element as it crosses
+  std::uint32_t wire_element;  // Element of it
+  std::int32_t bins;           // experts, and ranks in layout rank
+  std::int32_t places;         // experts, or ranks in layout rank: where rows go
+  std::int32_t run;            // of routes that a warp counts
+  std::int32_t header_words;   // of a post
+  std::int32_t post_stride;    // in words
+  std::int32_t capacity;
+  std::size_t posts_offset;                    // of this dispatch, in every rank's heap
   std::size_t receive_offset;                  // in every rank's heap
   ReceiveBlock arrays;                         // from there
   std::uint32_t offsets[kLowDispatchOffsets];  // of arrays in shared memory, and their end

@@ -14,16 +14,16 @@ enum class Wait : int {
   kFailed = 2,   // and so has this rank
 };
 
-__device__ inline std::uint64_t* low_post_of(const LowGroup& low, int reader, LowKind kind, int index, int source) {
-  return reinterpret_cast<std::uint64_t*>(low.group.bases[reader] + low.layout.post(kind,
-                                                                                    static_cast<std::size_t>(index),
-                                                                                    static_cast<std::size_t>(source)));
+__device__ inline std::uint64_t* low_post_of(const LowGroup& low, std::uint8_t* heap, LowKind kind, int index,
+                                             int source) {
+  return reinterpret_cast<std::uint64_t*>(
+      heap + low.layout.post(kind, static_cast<std::size_t>(index), static_cast<std::size_t>(source)));
 }
 
-__device__ inline std::uint64_t* low_arrivals_of(const LowGroup& low, int reader, LowKind kind, int index, int source) {
+__device__ inline std::uint64_t* low_arrivals_of(const LowGroup& low, std::uint8_t* heap, LowKind kind, int index,
+                                                 int source) {
   return reinterpret_cast<std::uint64_t*>(
-      low.group.bases[reader] +
-      low.layout.arrivals(kind, static_cast<std::size_t>(index), static_cast<std::size_t>(source)));
+      heap + low.layout.arrivals(kind, static_cast<std::size_t>(index), static_cast<std::size_t>(source)));
 }
 
 // Whether operation `sequence` leaves out a rank with this entry of masked_since.
@@ -31,18 +31,60 @@ __device__ inline bool is_masked(std::uint32_t since, std::uint32_t sequence) {
   return since != 0 && static_cast<std::int32_t>(sequence - since) >= 0;
 }
 
-// Waits until a word in this rank's heap, which `source` writes, has come for `sequence` or a later operation, and
+// What a thread waits for.
+struct LowAwaited {
+  LowKind kind;
+  std::int32_t index;
+  std::uint32_t sequence;
+  Step step;
+};
+
+__device__ inline Operation operation_of(LowKind kind) {
+  return kind == LowKind::kDispatch ? Operation::kLowDispatch : Operation::kLowCombine;
+}
+
+// Whether `source` has begun another operation with this sequence number, which is then told as a difference.
+static __device__ __noinline__ bool differs(const LowGroup& low, const LowAwaited& awaited, int source) {
+  for (int set = 0; set < static_cast<int>(kLowSets); ++set) {
+    const auto kind = static_cast<LowKind>(set / static_cast<int>(kLowBuffers));
+    const int index = set % static_cast<int>(kLowBuffers);
+    if (kind == awaited.kind && index == awaited.index) continue;
+    const std::uint64_t word =
+        load_acquire_system(low_post_of(low, low.group.bases[low.group.rank], kind, index, source));
+    if (low_lead(word, awaited.sequence) != 0 || low_value(word) == kLowWithdrawn) continue;
+    const bool same = kind == awaited.kind;
+    const std::int64_t values[kReportValues] = {
+        source, static_cast<std::int64_t>(same ? LowWord::kIndex : LowWord::kOperation),
+        same ? index : static_cast<std::int64_t>(operation_of(kind)),
+        same ? awaited.index : static_cast<std::int64_t>(operation_of(awaited.kind))};
+    record_failure(low.group, Outcome::kMismatch, operation_of(awaited.kind), awaited.sequence, values);
+    return true;
+  }
+  return false;
+}
+
+// Leaves `source` out of what has not begun yet. It may only be late: what it was posted it must not find any more, or
+// it would write rows into a buffer that has been given to a later dispatch by then.
+static __device__ __noinline__ void mask_late_rank(const LowGroup& low, const LowAwaited& awaited, int source) {
+  const std::uint32_t next = load_relaxed_device(&low.state->sequence) + 1;
+  const std::uint32_t since = low_lead(low_word(next, 0), awaited.sequence) > 0 ? next : awaited.sequence + 1;
+  if (atomicCAS(low.masked_since + source, 0u, since) != 0) return;
+  if (awaited.kind != LowKind::kDispatch) return;
+  store_relaxed_system(low_post_of(low, low.group.bases[source], awaited.kind, awaited.index, low.group.rank),
+                       low_word(awaited.sequence, kLowWithdrawn));
+}
+
+// Waits until a word in this rank's heap, which `source` writes, has come for the operation or a later one, and
 // acquires what came before it.
 static __device__ __noinline__ Wait await_late_word(const LowGroup& low, const std::uint64_t* at,
-                                                    std::uint32_t sequence, int source, Step step, Operation operation,
-                                                    std::uint64_t& word) {
+                                                    const LowAwaited& awaited, int source, std::uint64_t& word) {
   const Group& group = low.group;
   const auto* departure = reinterpret_cast<const std::uint32_t*>(
       group.bases[group.rank] + group.layout.departure(static_cast<std::size_t>(source)));
   const std::uint64_t started = nanoseconds();
   for (unsigned spin = 1;; ++spin) {
     word = load_acquire_system(at);
-    if (low_lead(word, sequence) >= 0) return Wait::kCame;
+    if (low_lead(word, awaited.sequence) >= 0) return Wait::kCame;
     if ((spin & 127) != 0) continue;
     if (load_relaxed_device(&group.state->failed) != 0) return Wait::kFailed;
     if (load_relaxed_device(low.masked_since + source) != 0) return Wait::kMissing;
@@ -50,30 +92,31 @@ static __device__ __noinline__ Wait await_late_word(const LowGroup& low, const s
     const std::uint32_t left = load_acquire_system(departure);
     if (left != 0) outcome = Outcome::kLost;
     if (nanoseconds() - started > group.timeout_ns) outcome = Outcome::kTimeout;
-    // Host memory is far away: ask it rarely.
-    if ((spin & 16383) == 0 && load_acquire_system(&group.report->abort) != 0) outcome = Outcome::kAborted;
+    if ((spin & 16383) == 0) {
+      if (awaited.step == Step::kPost && differs(low, awaited, source)) return Wait::kFailed;
+      // Host memory is far away: ask it rarely.
+      if (load_acquire_system(&group.report->abort) != 0) outcome = Outcome::kAborted;
+    }
     if (outcome == Outcome::kOk) continue;
     // A peer may have done its part and left right after: look at the word again before blaming it.
     word = load_acquire_system(at);
-    if (low_lead(word, sequence) >= 0) return Wait::kCame;
+    if (low_lead(word, awaited.sequence) >= 0) return Wait::kCame;
     if (low.mask_on_timeout && outcome != Outcome::kAborted) {
-      // Operations that have begun go on as they are.
-      const std::uint32_t next = load_relaxed_device(&low.state->sequence) + 1;
-      atomicCAS(low.masked_since + source, 0u, low_lead(low_word(next, 0), sequence) > 0 ? next : sequence + 1);
+      mask_late_rank(low, awaited, source);
       return Wait::kMissing;
     }
-    const std::int64_t values[kReportValues] = {source, static_cast<std::int64_t>(step),
+    const std::int64_t values[kReportValues] = {source, static_cast<std::int64_t>(awaited.step),
                                                 static_cast<std::int64_t>(word >> 32), static_cast<std::int64_t>(left)};
-    record_failure(group, outcome, operation, sequence, values);
+    record_failure(group, outcome, operation_of(awaited.kind), awaited.sequence, values);
     return Wait::kFailed;
   }
 }
 
-__device__ inline Wait await_word(const LowGroup& low, const std::uint64_t* at, std::uint32_t sequence, int source,
-                                  Step step, Operation operation, std::uint64_t& word) {
+__device__ inline Wait await_word(const LowGroup& low, const std::uint64_t* at, const LowAwaited& awaited, int source,
+                                  std::uint64_t& word) {
   word = load_acquire_system(at);
-  if (low_lead(word, sequence) >= 0) return Wait::kCame;
-  return await_late_word(low, at, sequence, source, step, operation, word);
+  if (low_lead(word, awaited.sequence) >= 0) return Wait::kCame;
+  return await_late_word(low, at, awaited, source, word);
 }
 
 // One thread of each block, once: counts the blocks that have read the sequence number; the last one advances it.
@@ -98,30 +141,34 @@ struct LowPost {
 };
 static_assert(sizeof(LowPost) / sizeof(std::uint32_t) == static_cast<std::size_t>(LowWord::kMask), "a field a word");
 
-// Threads [0, threads) of one block: writes the words of a post into the heap of every rank that is not left out.
-// `masked` says which are; the counts may be none.
+// Threads [0, threads) of every block: writes the words of a post into the heap of every rank that is not left out, a
+// rank a block where there are as many. `masked` says which are left out; the counts may be none.
 __device__ inline void publish_low_post(const LowGroup& low, LowKind kind, int index, std::uint32_t sequence,
-                                        const LowPost& post, const std::uint8_t* masked, const std::int32_t* counts,
-                                        int num_counts, int threads) {
+                                        const LowPost& post, std::uint8_t* const* heaps, const std::uint8_t* masked,
+                                        const std::int32_t* counts, int num_counts, int threads) {
+  const int ranks = low.group.num_ranks;
   const int header = static_cast<int>(low.layout.header_words());
   const int fields = static_cast<int>(LowWord::kMask);
   const int words = header + num_counts;
-  for (int word = threadIdx.x; word < words; word += threads) {
-    std::uint32_t value = 0;
-    if (word < fields) {
-      value = reinterpret_cast<const std::uint32_t*>(&post)[word];
-    } else if (word < header) {
-      const int first = (word - fields) * 32;
-      for (int i = 0; i < 32 && first + i < low.group.num_ranks; ++i) value |= masked[first + i] != 0 ? 1u << i : 0u;
-    } else {
-      value = static_cast<std::uint32_t>(counts[word - header]);
-    }
-    for (int i = 0; i < low.group.num_ranks; ++i) {
-      // Starting behind oneself spreads the stores, as every rank does this at about the same time.
-      int reader = low.group.rank + 1 + i;
-      if (reader >= low.group.num_ranks) reader -= low.group.num_ranks;
-      if (masked[reader] != 0) continue;
-      store_relaxed_system(low_post_of(low, reader, kind, index, low.group.rank) + word, low_word(sequence, value));
+#pragma unroll 1
+  for (int i = static_cast<int>(blockIdx.x); i < ranks; i += static_cast<int>(gridDim.x)) {
+    // Starting behind oneself spreads the stores, as every rank does this at about the same time.
+    const int reader = low.group.rank + 1 + i < ranks ? low.group.rank + 1 + i : low.group.rank + 1 + i - ranks;
+    if (masked[reader] != 0) continue;
+    std::uint64_t* to = low_post_of(low, heaps[reader], kind, index, low.group.rank);
+#pragma unroll 1
+    for (int word = static_cast<int>(threadIdx.x); word < words; word += threads) {
+      std::uint32_t value = 0;
+      if (word < fields) {
+        value = reinterpret_cast<const std::uint32_t*>(&post)[word];
+      } else if (word >= header) {
+        value = static_cast<std::uint32_t>(counts[word - header]);
+      } else {
+        const int first = (word - fields) * 32;
+#pragma unroll 1
+        for (int bit = 0; bit < 32 && first + bit < ranks; ++bit) value |= masked[first + bit] != 0 ? 1u << bit : 0u;
+      }
+      store_relaxed_system(to + word, low_word(sequence, value));
     }
   }
 }
@@ -129,39 +176,43 @@ __device__ inline void publish_low_post(const LowGroup& low, LowKind kind, int i
 // All threads of a block, after a barrier: tells every rank that is not left out that this block has done its part,
 // releasing what the block has seen written.
 __device__ inline void signal_arrival(const LowGroup& low, LowKind kind, int index, std::uint32_t sequence,
-                                      const std::uint8_t* masked, std::uint32_t value) {
+                                      std::uint8_t* const* heaps, const std::uint8_t* masked, std::uint32_t value) {
+#pragma unroll 1
   for (int reader = threadIdx.x; reader < low.group.num_ranks; reader += blockDim.x) {
     if (masked[reader] != 0) continue;
     fence_system();
-    store_relaxed_system(low_arrivals_of(low, reader, kind, index, low.group.rank) + blockIdx.x,
+    store_relaxed_system(low_arrivals_of(low, heaps[reader], kind, index, low.group.rank) + blockIdx.x,
                          low_word(sequence, value));
   }
 }
 
 // All threads of a block: waits for the arrival of all parts of every rank that is not left out, and acquires what
-// they wrote. `blocks_of(source)` says how many parts there are, 0: not known. `found(source, wait, value)` is called
-// for each rank by one thread. Ends without a barrier.
+// they wrote. `heap` is this rank's. `blocks_of(source)` says how many parts there are, 0: not known. `found(source,
+// wait, value)` is called for each rank by one thread. Ends without a barrier.
 template <class BlocksOf, class Found>
-__device__ inline void await_arrivals(const LowGroup& low, LowKind kind, int index, std::uint32_t sequence,
-                                      const std::uint8_t* masked, Operation operation, BlocksOf&& blocks_of,
+__device__ inline void await_arrivals(const LowGroup& low, std::uint8_t* heap, LowKind kind, int index,
+                                      std::uint32_t sequence, const std::uint8_t* masked, BlocksOf&& blocks_of,
                                       Found&& found) {
+  const LowAwaited awaited{kind, index, sequence, Step::kArrival};
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x & 31;
+#pragma unroll 1
   for (int source = warp; source < low.group.num_ranks; source += blockDim.x / 32) {
     if (masked[source] != 0) continue;
-    const std::uint64_t* words = low_arrivals_of(low, low.group.rank, kind, index, source);
+    const std::uint64_t* words = low_arrivals_of(low, heap, kind, index, source);
     Wait wait = Wait::kCame;
     std::uint64_t word = 0;
     std::uint32_t value = 0;
     int blocks = blocks_of(source);
     if (blocks == 0) {
-      wait = await_word(low, words, sequence, source, Step::kArrival, operation, word);
+      wait = await_word(low, words, awaited, source, word);
       // One that is at a later operation has sent all parts of this one.
       blocks = low_lead(word, sequence) == 0 ? static_cast<int>(low_value(word) & (kLowGaveUp - 1)) : 0;
       blocks = __shfl_sync(0xffffffffu, blocks, 0);
     }
+#pragma unroll 1
     for (int block = lane; block < blocks && wait == Wait::kCame; block += 32) {
-      wait = await_word(low, words + block, sequence, source, Step::kArrival, operation, word);
+      wait = await_word(low, words + block, awaited, source, word);
       if (low_lead(word, sequence) == 0) value |= low_value(word) & kLowGaveUp;
     }
     __syncwarp();

@@ -63,6 +63,11 @@ __device__ __forceinline__ std::int64_t load_cached_in_l2(const std::int64_t* at
 __device__ __forceinline__ std::int32_t load_cached_in_l2(const std::int32_t* at) { return __ldcg(at); }
 __device__ __forceinline__ float load_cached_in_l2(const float* at) { return __ldcg(at); }
 
+// A barrier of some warps of a block; __syncthreads is number 0.
+__device__ __forceinline__ void sync_some(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 __device__ __forceinline__ void prefetch_to_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 __device__ __forceinline__ std::uint64_t nanoseconds() {

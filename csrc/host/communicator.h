@@ -97,11 +97,6 @@ class Communicator {
     std::int64_t offset = -1;
   };
 
-  // Whether `bytes` of rows are to be written past the caches: above this size they would push everything
-  // else out, and stores that need not read their cache line first are three times as fast.
-  static bool streams(std::size_t bytes, std::size_t row_bytes) {
-    return row_bytes % 16 == 0 && bytes >= (std::size_t{1} << 20);
-  }
   Room find_room(std::size_t bytes);
   void publish(const OperationPost& post, const Counts* counts);
   void compare_posts(const OperationPost& mine) const;

@@ -247,11 +247,12 @@ inline Floats from_e4m3(const Bytes8& bytes) {
 }
 
 void dequantize(const std::uint8_t* quantized, const float* scales, std::size_t hidden, float* row) {
-  for (std::size_t column = 0; column < hidden; column += kLanes) {
-    const std::size_t count = hidden - column < kLanes ? hidden - column : kLanes;
-    Bytes8 bytes{};
-    std::memcpy(&bytes, quantized + column, count);
-    const Floats values = from_e4m3(bytes) * scales[column / kFp8Block];
-    std::memcpy(row + column, &values, count * sizeof(float));
+  std::size_t column = 0;
+  for (; column + kLanes <= hidden; column += kLanes) {
+    store(row + column, from_e4m3(load<Bytes8>(quantized + column)) * scales[column / kFp8Block]);
   }
+  if (column == hidden) return;
+  Bytes8 bytes{};
+  std::memcpy(&bytes, quantized + column, hidden - column);
+  store_some<Float32>(row + column, from_e4m3(bytes) * scales[column / kFp8Block], hidden - column);
 }

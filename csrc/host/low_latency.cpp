@@ -202,6 +202,7 @@ void LowLatency::clear_metadata(const LowRouting& routing, std::size_t index) {
 void LowLatency::send(const LowDispatchArguments& arguments, const LowRouting& routing, const Sizes& sizes) {
   const std::size_t source_bytes = at(arguments.hidden) * element_bytes(arguments.element);
   const std::size_t blocks = sizes.scale / sizeof(float);
+  const bool stream = streams(routing.entries.size() * sizes.row, sizes.row);
   workers_.split(at(routing.num_tokens), [&](std::size_t begin, std::size_t end) {
     std::vector<std::uint8_t> quantized(arguments.quantize ? sizes.row : 0);
     std::vector<float> scales(blocks);
@@ -220,12 +221,13 @@ void LowLatency::send(const LowDispatchArguments& arguments, const LowRouting& r
         const Entry& entry = routing.entries[at(i)];
         std::uint8_t* buffer = receive_buffer(entry.rank, routing.operation.index);
         const std::size_t slot = at(entry.slot);
-        std::memcpy(buffer + routing.offsets.rows + slot * sizes.row, row, sizes.row);
+        kernels_.copy_row(buffer + routing.offsets.rows + slot * sizes.row, row, sizes.row, stream);
         auto* there = reinterpret_cast<float*>(buffer + routing.offsets.scales);
         for (std::size_t b = 0; b < blocks; ++b) there[slots_.scale(slot, b, blocks)] = row_scales[b];
         if (!by_expert()) send_metadata(arguments, routing, static_cast<std::int64_t>(token), entry, buffer);
       }
     }
+    kernels_.fence();
   });
 }
 

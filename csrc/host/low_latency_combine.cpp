@@ -84,6 +84,7 @@ void LowLatency::stage(const LowCombineArguments& arguments) {
       std::memcpy(moved.data() + i * source_bytes, rows + slots[i] * source_bytes, source_bytes);
     }
   }
+  const bool stream = streams(slots.size() * row_bytes, row_bytes);
   workers_.split(slots.size(), [&](std::size_t begin, std::size_t end) {
     std::vector<float> scales(blocks);
     auto* there = reinterpret_cast<float*>(buffer + arrays.scales);
@@ -91,12 +92,13 @@ void LowLatency::stage(const LowCombineArguments& arguments) {
       const std::uint8_t* row = moved.empty() ? rows + slots[i] * source_bytes : moved.data() + i * source_bytes;
       std::uint8_t* copy = buffer + slots[i] * row_bytes;
       if (!arguments.quantize) {
-        std::memcpy(copy, row, row_bytes);
+        kernels_.copy_row(copy, row, row_bytes, stream);
         continue;
       }
       kernels_.quantize(arguments.element, row, at(arguments.hidden), arguments.power_of_two, copy, scales.data());
       for (std::size_t b = 0; b < blocks; ++b) there[slots_.scale(slots[i], b, blocks)] = scales[b];
     }
+    kernels_.fence();
   });
 }
 

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from pretrain.data import Corpus, held_out_windows
+from pretrain.errors import UsageError
 from pretrain.options import Launch
 
 from moe_ep_plugin import EpBuffer, EpConfig
+from moe_ep_plugin.config import MAX_LOW_LATENCY_ROUTES
 
 from .check import check_corpus, held_out_loss
 from .generator import FREE, Generator, Sampling, Text
@@ -25,7 +27,7 @@ from .weights import DTYPES, Checkpoint, randomise
 EXCHANGE_RUNS = 50
 
 
-def join(launch: Launch, backend: str) -> torch.device:
+def _join(launch: Launch, backend: str) -> torch.device:
     """Form the process group; returns the device to decode on."""
     on_gpu = torch.cuda.is_available() and backend != "host"
     if on_gpu:
@@ -45,12 +47,6 @@ def join(launch: Launch, backend: str) -> torch.device:
     return device
 
 
-def leave() -> None:
-    """Take the process group down, once every rank is done with it."""
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 class Job:
     """Builds or loads the model. Every rank holds the dense layers, its share of the experts and its own sequences.
 
@@ -58,7 +54,9 @@ class Job:
         options: The command line.
         launch: What torchrun said.
         corpus: The text that the model must have been trained on, if that is to be checked.
-        device: Where to decode.
+
+    Raises:
+        UsageError: The checkpoint can't be used, or is of other text.
 
     Attributes:
         checkpoint: Where the model is from; None with random weights.
@@ -69,14 +67,19 @@ class Job:
         steps: From the first byte of a prompt to the last one of the longest sequence.
     """
 
-    def __init__(
-        self, options: argparse.Namespace, launch: Launch, corpus: Corpus | None, device: torch.device
-    ) -> None:
-        self._options, self._launch, self._device = options, launch, device
+    def __init__(self, options: argparse.Namespace, launch: Launch, corpus: Corpus | None) -> None:
+        self._options, self._launch = options, launch
         self.checkpoint = Checkpoint(options.load) if options.load else None
         self.shape = self.checkpoint.shape if self.checkpoint else _random_shape(options)
         if corpus is not None and self.checkpoint is not None:
             check_corpus(corpus, self.checkpoint)
+        most = MAX_LOW_LATENCY_ROUTES // self.shape.topk
+        if options.batch > most:
+            raise UsageError(
+                f"--batch {options.batch}: with {self.shape.topk} experts a token, low-latency operations take at most "
+                f"{most} sequences of a rank; lower it"
+            )
+        self._device = device = _join(launch, options.backend)
         self._buffer = EpBuffer(
             None,
             EpConfig(
@@ -110,8 +113,8 @@ class Job:
                 graph=self.graph,
             )
 
-    def generate(self, on_progress: Callable[[int], None] | None) -> tuple[Text, list[bytes]]:
-        """Go on from the prompts; the texts, prompts included, and what is behind them."""
+    def generate(self, on_progress: Callable[[int], None] | None) -> tuple[Text, list[list[bytes]]]:
+        """Go on from the prompts; what this rank made, and on rank 0 the texts of all ranks, prompts included."""
         prompts = self._prompts[self._launch.rank]
         given = torch.full((len(prompts), self.steps + 1), FREE, dtype=torch.int64)
         for row, prompt in zip(given, prompts, strict=True):
@@ -119,7 +122,10 @@ class Job:
         with torch.no_grad():
             text = self._generator.run(given, self._checked(on_progress))
         lengths = [len(prompt) + self._options.tokens for prompt in prompts]
-        return text, [bytes(row[:n]) for row, n in zip(text.tokens.tolist(), lengths, strict=True)]
+        mine = [bytes(row[:n]) for row, n in zip(text.tokens.tolist(), lengths, strict=True)]
+        texts: list[list[bytes]] = [[] for _ in range(self._launch.num_ranks)]
+        dist.gather_object(mine, texts if self._launch.rank == 0 else None)
+        return text, texts
 
     def exchange_ms(self) -> list[float]:
         """Milliseconds of the dispatches and combines of a step on their own, for tokens spread at random."""
@@ -157,8 +163,10 @@ class Job:
         return loss
 
     def close(self) -> None:
-        """Give the buffer back."""
+        """Give the buffer back and take the process group down, once every rank is done."""
         self._buffer.close()
+        dist.barrier()
+        dist.destroy_process_group()
 
     def _checked(self, on_progress: Callable[[int], None] | None) -> Callable[[int], None]:
         """Now and then, also raise what steps that the host did not wait for ran into."""

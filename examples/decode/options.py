@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--wire", choices=("bf16", "fp8"), default="bf16", help="fp8: rows cross quantised to experts")
     run.add_argument("--no-graph", action="store_true", help="on GPUs, launch op by op instead of CUDA graphs")
-    run.add_argument("--out", type=Path, default=Path("runs/decode"), help="metrics.jsonl and latency.png go here")
+    run.add_argument("--out", type=Path, default=Path("runs/decode"), help="texts, metrics and plot go here")
 
     check = parser.add_argument_group("check")
     check.add_argument(

@@ -19,10 +19,10 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
 
 
-def show(texts: list[bytes]) -> None:
-    """Print the first few texts."""
-    for number, text in enumerate(texts[:SHOWN], start=1):
-        print(f"--- text {number} of {len(texts)} of rank 0\n{text.decode(errors='replace')}")
+def show(texts: list[list[bytes]]) -> None:
+    """Print the first few texts of rank 0."""
+    for number, text in enumerate(texts[0][:SHOWN], start=1):
+        print(f"--- text {number} of {len(texts[0])} of rank 0\n{text.decode(errors='replace')}")
     print("---", flush=True)
 
 
@@ -52,9 +52,13 @@ def speed(step_ms: list[float], exchange_ms: list[float], tokens_per_step: int) 
     }
 
 
-def write(out: Path, step_ms: list[float], result: dict[str, Any]) -> None:
-    """Write metrics.jsonl, a line a step and then the result, and draw latency.png."""
+def write(out: Path, texts: list[list[bytes]], step_ms: list[float], result: dict[str, Any]) -> None:
+    """Write all ranks' texts and metrics.jsonl, a line a step and then the result, and draw latency.png."""
     out.mkdir(parents=True, exist_ok=True)
+    with (out / "texts.jsonl").open("w") as file:
+        for rank, of_rank in enumerate(texts):
+            for text in of_rank:
+                file.write(json.dumps({"rank": rank, "text": text.decode(errors="replace")}) + "\n")
     with (out / "metrics.jsonl").open("w") as file:
         for step, ms in enumerate(step_ms, start=1):
             file.write(json.dumps({"step": step, "ms": round(ms, 4)}) + "\n")

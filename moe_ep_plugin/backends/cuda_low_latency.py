@@ -167,7 +167,7 @@ class CudaLowLatency(_Base):
 
     def reads_in_place(self, rows: torch.Tensor, handle: LowLatencyHandle) -> bool:
         """See :class:`Backend`."""
-        return bool(rows.data_ptr() == self._connected().low_rows_address(handle.index))
+        return rows.numel() == 0 or bool(rows.data_ptr() == self._connected().low_rows_address(handle.index))
 
     def low_latency_held(self, index: int) -> bool:
         """See :class:`Backend`."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_ep_plugin import ConfigError, EpBuffer, EpConfig
+from moe_ep_plugin import ConfigError, EpBuffer, EpConfig, StateError
 from moe_ep_plugin.backends import cuda as cuda_backend
 from moe_ep_plugin.backends import gpu_tensors, select
 from moe_ep_plugin.backends.base import BackendContext
@@ -23,7 +23,8 @@ HEADER_BYTES = 16
 class Stream:
     """A stream on which everything has happened already."""
 
-    cuda_stream = 0
+    def __init__(self, number: int = 0) -> None:
+        self.cuda_stream = number
 
     def wait_stream(self, other: Any) -> None: ...
 
@@ -61,6 +62,8 @@ class Compiled:
         # No byte pattern that is NaN in any type, so that equal means equal.
         content = (torch.arange(total) % 60).to(torch.uint8)
         self.heap = content
+        self.low_slots = content.repeat(64)
+        self.held: set[int] = set()
         self.result = SimpleNamespace(
             routing=routing,
             block=Lease(content),
@@ -98,6 +101,37 @@ class Compiled:
     def check(self) -> None:
         self.calls.append(("check", {}))
 
+    def low_routing_bytes(self, num_tokens: int, topk: int) -> int:
+        return 512
+
+    def low_dispatch(self, **arguments: Any) -> None:
+        self.calls.append(("low_dispatch", arguments))
+
+    def low_receive(self, **arguments: Any) -> None:
+        self.calls.append(("low_receive", arguments))
+
+    def low_combine(self, **arguments: Any) -> bool:
+        self.calls.append(("low_combine", arguments))
+        return bool(arguments["sends"] and arguments["rows"] != self.low_rows_address(arguments["index"]))
+
+    def low_block(self, index: int, **sizes: int) -> Lease:
+        self.calls.append(("low_block", {"index": index} | sizes))
+        block = Lease(self.low_slots)
+        block.offsets, block.rows = (0, 1 << 15, 1 << 16, 3 << 15, 0), 1 << 16
+        return block
+
+    def low_rows_address(self, index: int) -> int:
+        return 64 + index
+
+    def low_held(self, index: int) -> bool:
+        return index in self.held
+
+    def low_mask(self, ranks: list[int], *, stream: int) -> None:
+        self.calls.append(("low_mask", {"ranks": ranks, "stream": stream}))
+
+    def low_masked(self) -> list[int]:
+        return [3, 5]
+
     def depart(self, state: int, reason: str) -> None: ...
 
 
@@ -108,14 +142,14 @@ def compiled() -> Compiled:
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Any:
-    """``make(two_stage=False)``: a buffer whose backend is the CUDA one on the stand-in."""
+    """``make(two_stage=False, **config)``: a buffer whose backend is the CUDA one on the stand-in."""
     stream = Stream()
     monkeypatch.setattr(torch.cuda, "Stream", lambda *args, **kwargs: Stream())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(gpu_tensors, "_leased", lambda block, *rest: block.array(*rest))
 
-    def buffer(two_stage: bool = False) -> EpBuffer:
+    def buffer(two_stage: bool = False, **changes: Any) -> EpBuffer:
         def connect(context: BackendContext) -> Any:
             return cuda_backend.CudaBackend(
                 context,
@@ -128,10 +162,8 @@ def make(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Any:
             )
 
         monkeypatch.setitem(select._MAKERS, "host", connect)
-        config = EpConfig(
-            num_experts=EXPERTS, num_topk=TOPK, hidden=HIDDEN, max_tokens_per_rank=8, backend="host", device="cpu"
-        )
-        return EpBuffer(None, config)
+        settings = {"num_experts": EXPERTS, "num_topk": TOPK, "hidden": HIDDEN, "max_tokens_per_rank": 8}
+        return EpBuffer(None, EpConfig(**(settings | {"backend": "host", "device": "cpu"} | changes)))
 
     return buffer
 
@@ -226,6 +258,123 @@ def test_combine_passes_what_it_was_given(make: Any, compiled: Compiled) -> None
     assert (passed["out"], passed["values_out"]) == (back.x.data_ptr(), back.row_values.data_ptr())
     assert (back.x.shape, back.row_values.shape) == ((TOKENS, HIDDEN), (TOKENS, TOPK))
     assert (buffer.stats.staged, buffer.stats.bytes_to_peers) == (1, 40 + 11)
+
+
+# Low-latency mode
+
+CAPACITY = 8
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """``current``: the stream that calls are made on; ``recorded``: tensors (by address) used on another one."""
+    seen = SimpleNamespace(current=Stream(1), other=Stream(2), recorded=[])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: seen.current)
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda self, on: seen.recorded.append((self.data_ptr(), on)), raising=False
+    )
+    return seen
+
+
+def names_of(compiled: Compiled) -> list[str]:
+    return [name for name, _ in compiled.calls]
+
+
+def test_a_low_latency_dispatch_is_one_launch(make: Any, compiled: Compiled) -> None:
+    x, idx, weights = inputs()
+    with make(low_latency_tokens_per_rank=CAPACITY, low_latency_layout="rank") as buffer:
+        buffer.low_latency_dispatch(x, idx).wait()
+        compiled.calls.clear()
+        out = buffer.low_latency_dispatch(x, idx, weights, wire="fp8", num_sms=16).wait()
+    assert names_of(compiled) == ["low_dispatch", "low_block"]
+    passed = compiled.calls[0][1]
+    assert (passed["x"], passed["num_tokens"], passed["topk"]) == (x.data_ptr(), TOKENS, TOPK)
+    assert (passed["topk_idx"], passed["weights"], passed["scales"]) == (idx.data_ptr(), weights.data_ptr(), None)
+    assert (passed["quantize"], passed["receives"], passed["num_sms"], passed["index"]) == (True, True, 16, 0)
+    sizes = {"row_bytes": HIDDEN, "scale_bytes": 4, "weight_bytes": 4 * TOPK, "index_bytes": 8 * TOPK, "stream": 0}
+    assert compiled.calls[1][1] == {"index": 0} | sizes
+    assert (out.x.dtype, out.x.shape) == (torch.float8_e4m3fn, (CAPACITY, HIDDEN))
+    assert out.scale is not None and out.topk_idx is not None and out.topk_weights is not None
+    assert (out.scale.shape, out.scale.stride()) == ((CAPACITY, 1), (1, CAPACITY))
+    assert out.topk_idx.shape == out.topk_weights.shape == (CAPACITY, TOPK)
+    memory = out.handle.state.memory
+    assert passed["routing_memory"] == memory.data_ptr()
+    memory[12:28].view(torch.int32).copy_(torch.tensor([6, 1, 2, 3]))
+    assert out.num_received.tolist() == [6] and out.tokens_per_expert.tolist() == [1, 2, 3]
+
+
+def test_halves_are_launches_on_their_own_streams(make: Any, compiled: Compiled, streams: SimpleNamespace) -> None:
+    x, idx, weights = inputs()
+    first, second = streams.current, streams.other
+    with make(low_latency_tokens_per_rank=CAPACITY) as buffer:
+        pending = buffer.low_latency_dispatch(x, idx, async_op=True)
+        assert names_of(compiled) == ["low_dispatch"]
+        assert (compiled.calls[0][1]["receives"], compiled.calls[0][1]["stream"]) == (False, first.cuda_stream)
+        streams.current = second
+        out = pending.wait()
+        memory = out.handle.state.memory.data_ptr()
+        assert streams.recorded == [(memory, second)]
+        received = {"routing_memory": memory, "num_tokens": TOKENS, "topk": TOPK, "index": 1, "stream": 2}
+        assert compiled.calls[1] == ("low_receive", received)
+        assert out.x.shape == (EXPERTS, CAPACITY, HIDDEN) and out.topk_idx is None
+
+        compiled.calls.clear()
+        streams.recorded.clear()
+        rows, sums = torch.ones(EXPERTS, CAPACITY, HIDDEN).bfloat16(), torch.ones(TOKENS, HIDDEN).bfloat16()
+        pending = buffer.low_latency_combine(rows, idx, weights, out.handle, out=sums, wire="fp8", async_op=True)
+        # The handle's memory belongs to the stream of its dispatch.
+        assert streams.recorded == [(memory, second)]
+        assert names_of(compiled) == ["low_combine"]
+        streams.current = first
+        back = pending.wait()
+    sent, brought = (passed for _, passed in compiled.calls)
+    assert (sent["sends"], sent["receives"], sent["stream"], sent["out"]) == (True, False, 2, 0)
+    assert (brought["sends"], brought["receives"], brought["stream"]) == (False, True, 1)
+    for passed in (sent, brought):
+        assert (passed["rows"], passed["topk_idx"]) == (rows.data_ptr(), idx.data_ptr())
+        assert (passed["weights"], passed["quantize"], passed["index"]) == (weights.data_ptr(), True, 1)
+        assert passed["routing_memory"] == memory
+    assert back.x is sums and brought["out"] == sums.data_ptr()
+    assert (brought["lost"], back.lost_weights.shape) == (back.lost_weights.data_ptr(), (TOKENS,))
+    used = {t.data_ptr() for t in (rows, idx, weights)} | {memory}
+    assert {address for address, on in streams.recorded if on is first} == used
+    assert buffer.stats.staged == 1
+
+
+def test_a_low_latency_combine_in_place_is_one_launch(
+    make: Any, compiled: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, idx, _ = inputs()
+    with make(low_latency_tokens_per_rank=CAPACITY) as buffer:
+        out = buffer.low_latency_dispatch(x, idx).wait()
+        rows = buffer.empty_rows(out.handle)
+        assert (rows.dtype, rows.shape) == (torch.bfloat16, (EXPERTS, CAPACITY, HIDDEN))
+        with pytest.raises(ConfigError, match="zero_copy"):
+            buffer.low_latency_combine(rows, idx, None, out.handle, zero_copy=True)
+        monkeypatch.setattr(compiled, "low_rows_address", lambda index: rows.data_ptr() if index == 1 else 0)
+        compiled.calls.clear()
+        back = buffer.low_latency_combine(rows, idx, None, out.handle, zero_copy=True).wait()
+    ((name, passed),) = compiled.calls
+    assert name == "low_combine" and passed["rows"] == rows.data_ptr()
+    assert (passed["sends"], passed["receives"], passed["quantize"], passed["weights"]) == (True, True, False, None)
+    assert (back.x.dtype, back.x.shape, passed["out"]) == (torch.bfloat16, (TOKENS, HIDDEN), back.x.data_ptr())
+    assert buffer.stats.staged == 0
+
+
+def test_held_results_and_masks_are_asked_of_the_compiled_half(make: Any, compiled: Compiled) -> None:
+    x, idx, _ = inputs()
+    with make(low_latency_tokens_per_rank=CAPACITY) as buffer:
+        compiled.held = {1}
+        with pytest.raises(StateError, match="still held"):
+            buffer.low_latency_dispatch(x, idx)
+        compiled.held = {0}
+        buffer.low_latency_dispatch(x, idx).wait()
+        with pytest.raises(StateError, match="still held"):
+            buffer.low_latency_dispatch(x, idx)
+        compiled.calls.clear()
+        buffer.mask_ranks(0)
+        assert compiled.calls == [("low_mask", {"ranks": [0], "stream": 0})]
+        assert buffer.masked_ranks() == (3, 5)
 
 
 def test_a_view_between_two_vectors_is_copied(make: Any, compiled: Compiled) -> None:

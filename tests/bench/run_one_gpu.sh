@@ -24,6 +24,10 @@ part tests 240 "${share[@]}" -- "$python" -m pytest tests/gpu -q
 LINES_SHOWN=24 part throughput 120 "${share[@]}" --ranks 8 -- tests/bench/bench_throughput.py --main --json "$out/main.json"
 LINES_SHOWN=24 part small 90 "${share[@]}" --ranks 8 -- tests/bench/bench_throughput.py --small --json "$out/small.json"
 part scaling 150 "${share[@]}" --ranks 8 -- tests/bench/bench_throughput.py --scaling --json "$out/scaling.json"
+LINES_SHOWN=50 part low_latency 240 "${share[@]}" --ranks 8 -- tests/bench/bench_low_latency.py \
+  --json "$out/low_latency.json" --latency-plot "$out/low_latency.png"
+LINES_SHOWN=12 part overlap 90 "${share[@]}" --ranks 8 -- tests/bench/bench_low_latency.py \
+  --overlap "$out/low_latency_trace.json" --json "$out/overlap.json"
 part plot 60 "$python" tests/bench/plot_throughput.py "$out/scaling.json" --out "$out/throughput.png"
 if command -v compute-sanitizer >/dev/null; then
   part memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" tests/gpu/sanitize.py

@@ -6,15 +6,15 @@ import json
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import need_modules
+from moe_ep_plugin import EpBuffer, EpConfig
+from tests.conftest import BACKENDS, need_modules, why_unavailable
 from tests.harness import RankPool
 
 from .programs import EXAMPLES, records, result, run, torchrun_command
@@ -28,6 +28,7 @@ MODEL = [
     *("--micro-batch-size", "2", "--eval-windows", str(WINDOWS), "--lr", "1e-2"),
 ]
 PROMPTS = ["the ", "quick brown", "j", "lazy"]
+GREEDY = ["--tokens", "20", *(word for prompt in PROMPTS for word in ("--prompt", prompt))]
 
 need_modules("megatron.core", "matplotlib")
 
@@ -73,21 +74,172 @@ def start(ranks: int, out: Path, *arguments: str | Path, load: Path | None = Non
     return run(command, PYTHONPATH=f"{blocked}:{EXAMPLES.parent}")
 
 
-def texts(stdout: str) -> list[str]:
-    return stdout.split("--- text ")[1:]
+def texts(out: Path) -> list[str]:
+    """Of all ranks, in their order."""
+    return [json.loads(line)["text"] for line in (out / "texts.jsonl").read_text().splitlines()]
 
 
-def logits_of_both(rank: int, checkpoints: Path, backend: str, wire: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 [tokens, sequences, bytes] of the decoder, and of Megatron-Core's model with the same checkpoint."""
-    sys.path.insert(0, str(EXAMPLES))
-    from argparse import Namespace
-
+def megatron_logits(checkpoints: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """fp32 [sequences, tokens, bytes]: of the model that was trained, on all ranks together."""
     import torch.distributed as dist
-    from decode.job import Job
-    from decode.model import Decoder
-    from pretrain.options import Launch
+
+    from moe_ep_plugin.integrations.megatron import enable_cpu
+
+    enable_cpu()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from pretrain.model import build_model
+    from pretrain.options import parse_options
     from pretrain.saved import file_name, find
 
-    options = Namespace(
-        load=find(checkpoints), batch=2, wire=wire, backend=backend, no_graph=False, prompt=None, tokens=1
+    ranks = dist.get_world_size()
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks, expert_tensor_parallel_size=1)
+    model_parallel_cuda_manual_seed(1)
+    options = parse_options([*MODEL, "--moe-token-dispatcher", "alltoall"], ranks)
+    model = build_model(options, parallel_state.get_expert_model_parallel_rank(), torch.device("cpu")).eval()
+    model.load_state_dict(torch.load(find(checkpoints) / file_name(dist.get_rank()))["model"], strict=False)
+    length = tokens.shape[1]
+    unseen = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+    with torch.no_grad():
+        logits: torch.Tensor = model(tokens, torch.arange(length).expand_as(tokens), unseen)
+    return logits.float()
+
+
+def decoder_logits(checkpoints: Path, tokens: torch.Tensor, backend: str) -> torch.Tensor:
+    """The same of the decoder, one token at a time."""
+    from decode.model import Decoder
+    from decode.moe import Exchange
+    from decode.weights import Checkpoint
+    from pretrain.saved import find
+
+    checkpoint = Checkpoint(find(checkpoints))
+    shape, (batch, length) = checkpoint.shape, tokens.shape
+    config = EpConfig(
+        num_experts=shape.experts,
+        num_topk=shape.topk,
+        hidden=shape.hidden_size,
+        max_tokens_per_rank=batch,
+        low_latency_tokens_per_rank=batch,
+        dtype=shape.dtype,
+        backend=backend,
+        device="cpu",
     )
+    with EpBuffer(None, config) as buffer, torch.no_grad():
+        device = torch.device("cpu")
+        exchange = Exchange(buffer, hidden=shape.hidden_size, dtype=shape.dtype, device=device)
+        decoder = Decoder(shape, batch=batch, exchange=exchange, device=device)
+        checkpoint.load_into(decoder)
+        return torch.stack([decoder(tokens[:, t], torch.tensor([t])) for t in range(length)], dim=1)
+
+
+def difference(checkpoints: Path, backends: list[str]) -> dict[str, float]:
+    """On every rank: how far the decoder's logits are from the trained model's, by backend."""
+    import torch.distributed as dist
+
+    sys.path.insert(0, str(EXAMPLES))
+    tokens = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(dist.get_rank()))
+    expected = megatron_logits(checkpoints, tokens)
+    assert expected.shape == (2, 16, 256) and expected.std() > 0.1
+    return {b: float((decoder_logits(checkpoints, tokens, b) - expected).abs().max()) for b in backends}
+
+
+def test_logits_are_those_of_the_trained_model(trained: Trained) -> None:
+    backends = [backend for backend in BACKENDS if why_unavailable(backend) is None]
+    with RankPool(2, env={"TORCHDYNAMO_DISABLE": "1"}) as pool:
+        for differences in pool.run(difference, trained.checkpoints, backends):
+            assert differences.keys() == set(backends)
+            assert max(differences.values()) < 1e-4, differences
+
+
+@pytest.fixture(scope="module")
+def alone(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What one rank writes, with the experts of two files."""
+    out = tmp_path_factory.mktemp("alone")
+    done = start(1, out, *GREEDY, "--batch", "4", "--backend", "collective", load=trained.checkpoints)
+    assert done.returncode == 0, done.stderr
+    return texts(out)
+
+
+def test_ranks_share_the_experts(trained: Trained, alone: list[str], backend: str, tmp_path: Path) -> None:
+    check = ["--check", "--data", trained.text, "--eval-windows", str(WINDOWS)]
+    load = trained.checkpoints
+    done = start(2, tmp_path, *GREEDY, *check, "--batch", "2", "--backend", backend, load=load)
+    assert done.returncode == 0, done.stderr
+    # Longer than the context, so that the caches wrap.
+    assert texts(tmp_path) == alone
+    assert [text[: len(prompt)] for text, prompt in zip(alone, PROMPTS, strict=True)] == PROMPTS
+    assert [len(text) - len(prompt) for text, prompt in zip(alone, PROMPTS, strict=True)] == [20] * 4
+    assert f"--- text 1 of 2 of rank 0\n{alone[0]}\n" in done.stdout
+
+    numbers = result(done.stdout)
+    assert numbers["reported_loss"] == trained.validation_loss
+    assert numbers["loss"] == pytest.approx(trained.validation_loss, abs=1e-5)
+    assert (numbers["ranks"], numbers["backend"], numbers["graph"], numbers["wire"]) == (2, backend, False, "bf16")
+    assert 0 < numbers["step_ms_p50"] <= numbers["step_ms_p99"]
+    assert numbers["dispatch_combine_ms_p50"] > 0 and numbers["tokens_per_second"] > 0
+    *steps, last = records(tmp_path)
+    assert [record["step"] for record in steps] == list(range(1, numbers["steps"] + 1))
+    assert all(record["ms"] > 0 for record in steps) and last["result"] == numbers
+    assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_random_model_with_drawn_bytes(tmp_path: Path) -> None:
+    sizes = ["--random", "--layers", "2", "--hidden-size", "64", "--experts", "3", "--dtype", "bf16", "--context", "8"]
+    drawing = ["--temperature", "1", "--top-k", "9", "--wire", "fp8", "--tokens", "20", "--batch", "2"]
+    done = start(1, tmp_path, *sizes, *drawing, "--prompt", "a", "--backend", "collective")
+    assert done.returncode == 0, done.stderr
+    assert (result(done.stdout)["wire"], result(done.stdout)["dtype"]) == ("fp8", "bfloat16")
+    first, second = texts(tmp_path)
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--load", "{trained}", "--check", "--data", "{text}"], "{trained}/step-00000020 was trained on other text"),
+        ([], "no checkpoint: runs/pretrain/checkpoints isn't there; train one with: make pretrain"),
+        (
+            ["--load", "no-such-place"],
+            "--load no-such-place: there is no such directory; train one with: make pretrain",
+        ),
+        (["--load", "{empty}"], "--load {empty}: no complete checkpoint is in it"),
+        (["--load", "{broken}"], "{broken}/rank-00000.pt can't be read"),
+        (["--random", "--load", "{empty}"], "--load: a --random model has no checkpoint"),
+        (["--random", "--check"], "--check: a --random model has no checkpoint"),
+        (["--layers", "2"], "--layers: a checkpoint has its own; give it with --random only"),
+        (["--random", "--topk", "17"], "--topk 17: there are only 16 experts"),
+        (["--random", "--hidden-size", "100"], "--hidden-size 100: it must be a multiple of 32"),
+        (["--random", "--top-k", "5"], "--top-k 5: at --temperature 0 nothing is drawn"),
+        (["--random", "--temperature", "-1"], "argument --temperature: -1.0 is not 0 or above"),
+        (["--random", "--prompt", ""], "--prompt '': it is empty"),
+        (["--random", "--tokens", "0"], "argument --tokens: 0 is below 1"),
+        (
+            ["--random", "--batch", "5000"],
+            "--batch 5000: with 2 experts a token, low-latency operations take at most 4096 sequences",
+        ),
+        (["--random", "--backend", "none"], "invalid choice: 'none'"),
+        (["--random", "--out", "{broken}/rank-00000.pt"], "it exists and is not a directory"),
+    ],
+)
+def test_mistakes_are_explained(
+    arguments: list[str],
+    says: str,
+    trained: Trained,
+    tmp_path: Path,
+    decode_on_path: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {name: str(tmp_path / name) for name in ("empty", "broken", "text")}
+    for place in places.values():
+        Path(place).mkdir()
+    places["trained"] = str(trained.checkpoints)
+    (tmp_path / "text" / "other.txt").write_text("some other text")
+    (tmp_path / "broken" / "rank-00000.pt").write_bytes(b"not a checkpoint")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [PROGRAM, *(a.format(**places) for a in arguments)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLES / PROGRAM), run_name="__main__")
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and says.format(**places) in said

@@ -48,6 +48,49 @@ def round_trip(dtype: torch.dtype, hidden: int, wire: str, expand: str, layout: 
         buffer.check()
 
 
+def low_latency_steps(layout: str, wire: str, back: str, async_op: bool, in_place: bool) -> None:
+    """A few steps in fixed slots, in halves or in one launch each."""
+    config = EpConfig(
+        num_experts=6,
+        num_topk=3,
+        hidden=272,
+        max_tokens_per_rank=48,
+        low_latency_tokens_per_rank=40,
+        low_latency_layout=layout,  # type: ignore[arg-type]
+        device="cuda",
+        backend="cuda",
+        wire=wire,  # type: ignore[arg-type]
+        power_of_two_scales=True,
+        num_sms=2,
+        timeout_s=300.0,
+    )
+    generator = torch.Generator().manual_seed(2)
+    weights = torch.full((37, 3), 0.5, device="cuda")
+    by_rank = layout == "rank"
+    with EpBuffer(None, config) as buffer:
+        for _ in range(3):
+            x = torch.randint(-4, 5, (37, 272), generator=generator).bfloat16().cuda()
+            idx = torch.randint(-1, 6, (37, 3), generator=generator).cuda()
+            out = buffer.low_latency_dispatch(x, idx, weights if by_rank else None, async_op=async_op).wait()
+            rows = out.x.float()
+            if out.scale is not None:
+                rows = rows * out.scale.repeat_interleave(128, dim=-1)[..., :272]
+            rows = buffer.empty_rows(out.handle).copy_(rows) if in_place else rows.bfloat16()
+            y = buffer.low_latency_combine(
+                rows,
+                idx,
+                None if by_rank else weights,
+                out.handle,
+                wire=back,  # type: ignore[arg-type]
+                async_op=async_op,
+            ).wait()
+            factor = (idx >= 0).any(1) if by_rank else 0.5 * (idx >= 0).sum(1)
+            assert torch.equal(y.x, (x * factor[:, None]).bfloat16())
+            assert not y.lost_weights.any()
+            del out, rows
+        buffer.check()
+
+
 def main() -> None:
     """All kinds of rows."""
     ran = 0
@@ -55,7 +98,13 @@ def main() -> None:
         for dtype, hidden in ((torch.bfloat16, 272), (torch.float32, 528), (torch.bfloat16, 8)):
             round_trip(dtype, hidden, wire, expand, layout, 200 if ran % 2 else None)
             ran += 1
-    print(f"{ran} round trips")
+    steps = 0
+    for layout, wire, back, async_op in itertools.product(
+        ("expert", "rank"), ("bf16", "fp8"), ("bf16", "fp8"), (False, True)
+    ):
+        low_latency_steps(layout, wire, back, async_op, in_place=back == "bf16" and steps % 3 != 0)
+        steps += 1
+    print(f"{ran} round trips, {steps} times low-latency steps")
 
 
 if __name__ == "__main__":
