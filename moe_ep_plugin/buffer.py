@@ -387,7 +387,8 @@ class EpBuffer:
         What their experts would have added is missing from the sums; :class:`LowLatencyCombineOutput` tells how much.
         All other ranks should make the same call: one that has not gives one dispatch up, together with all others,
         to take the mask over (its rows are dropped and ``lost_weights`` tells). With ``config.mask_on_timeout`` ranks
-        that do not do their part in time are masked by themselves, after a step that is given up in the same way.
+        that do not do their part in time, or have ended, are masked by themselves, after a step that is given up in the
+        same way.
         A masked rank stays masked, and can only close its buffer. Backend ``"collective"`` has no masks.
         """
         self._low_latency.mask_ranks(ranks)

@@ -152,7 +152,7 @@ class Step:
 
     def finish(self) -> Results:
         """The last half; drops all that the step holds, and returns what it brought, on the CPU."""
-        case, out = self._inputs.case, self._out
+        out = self._out
         back = self._back.wait()
         same("rows after combine", self._rows, self._rows_given)
         if self._sums is not None:

@@ -480,6 +480,9 @@ def bad_masks(place: Place) -> None:
         if place.backend == "collective":
             with refused("ranks", "(1,)", "backend 'collective' has no masks"):
                 buffer.mask_ranks(1)
+        else:
+            with refused("a rank", str(buffer.rank), "this one", "mask others"):
+                buffer.mask_ranks(buffer.rank)
         assert_usable(buffer)
 
 

@@ -151,7 +151,7 @@ def full_slots(layout: str, wire: str, back: str) -> list[bool]:
             idx = torch.tensor([*experts, -1, -1, -1, -1][:4]).repeat(24, 1)
             weights = torch.ones(24, 4) if layout == "rank" else None
             out = buffer.low_latency_dispatch(x, idx, weights).wait()
-            rows = buffer.empty_rows(out.handle)
+            rows = buffer.empty_rows(out.handle) if back == "bf16" else torch.empty(out.x.shape)
             rows.copy_(out.x.float() if out.scale is None else out.x.float() * out.scale)
             y = buffer.low_latency_combine(rows, idx, None, out.handle, wire=back).wait().x  # type: ignore[arg-type]
             right.append(torch.equal(y, x * (len(experts) if layout == "expert" else 1)))

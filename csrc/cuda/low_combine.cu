@@ -343,6 +343,7 @@ __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_c
   extern __shared__ __align__(128) std::uint8_t memory[];
   const LowGroup& low = params.low;
   const Group& group = low.group;
+  wait_for_stream();
   const LowCombineStart start(params);
   const LowCombineShared shared(memory, params);
   const bool sends = (params.halves & kLowSend) != 0;
@@ -479,8 +480,7 @@ cudaError_t launch_low_combine(const LowCombineParams& params, int blocks, cudaS
   const bool plain = params.low.row_layout == RowLayout::kRank;
   const Rows rows = params.quantize ? Rows::kQuantized : params.rows != nullptr ? Rows::kCopied : Rows::kInPlace;
   return visit_low_combine(params.element, plain, rows, [&](auto* kernel) {
-    kernel<<<blocks, kThreads, shared, stream>>>(params);
-    return cudaGetLastError();
+    return launch_early(kernel, blocks, kThreads, shared, stream, params.low.starts_early, params);
   });
 }
 

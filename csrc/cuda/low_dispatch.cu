@@ -268,7 +268,7 @@ __device__ __noinline__ void find_keys(const LowDispatchParams& params, const Lo
 
 // For every route, how many of this rank's rows go to the same place before it: within its run of routes (`places`),
 // and in the runs before that (`counters`); and of each place, how many there are (`counts`). Runs are of one warp
-// each. All threads; ends with a barrier.
+// each. The routers; ends with a barrier.
 __device__ void find_places(const LowDispatchParams& params, const LowShared& shared, const std::int32_t* keys,
                             std::int32_t* counts) {
   const int warp = threadIdx.x / 32;
@@ -316,8 +316,8 @@ __device__ __noinline__ void count_experts(const LowDispatchParams& params, cons
   sync_routers();
 }
 
-// The first id out of range, if there is any, into the post; its other half goes where nobody will want a count. All
-// threads; ends with a barrier.
+// The first id out of range, if there is any, into the post; its other half goes where nobody will want a count. The
+// routers; end with a barrier.
 __device__ __noinline__ void find_bad_route(const LowDispatchParams& params, const LowShared& shared, LowPost& post) {
   __shared__ std::uint32_t first;
   if (threadIdx.x == 0) first = 0xffffffffu;
@@ -754,6 +754,7 @@ __global__ void __launch_bounds__(kThreads, 1) low_dispatch_kernel(const __grid_
   extern __shared__ __align__(128) std::uint8_t memory[];
   const LowGroup& low = params.low;
   const Group& group = low.group;
+  wait_for_stream();
   const LowStart start(params);
   const std::uint32_t sequence = start.sequence;
   const LowShared shared{memory, params.offsets};
@@ -885,6 +886,7 @@ __global__ void __launch_bounds__(kThreads, 1) low_dispatch_kernel(const __grid_
 __global__ void __launch_bounds__(kThreads, 1) low_receive_kernel(const __grid_constant__ LowDispatchParams params) {
   extern __shared__ __align__(128) std::uint8_t memory[];
   const LowGroup& low = params.low;
+  wait_for_stream();
   const std::uint32_t failed = load_relaxed_device(&low.group.state->failed);
   // Ranks that were left out meanwhile are not waited for either.
   const std::uint32_t begun = load_relaxed_device(&low.state->sequence);
@@ -954,12 +956,12 @@ cudaError_t prepare_low_dispatch(std::size_t most_shared_bytes) {
 
 cudaError_t launch_low_dispatch(const LowDispatchParams& params, int blocks, cudaStream_t stream) {
   if ((params.halves & kLowSend) == 0) {
-    low_receive_kernel<<<1, kThreads, static_cast<std::size_t>(params.low.group.num_ranks), stream>>>(params);
-    return cudaGetLastError();
+    return launch_early(low_receive_kernel, 1, kThreads, static_cast<std::size_t>(params.low.group.num_ranks), stream,
+                        params.low.starts_early, params);
   }
   return visit_low_path(params.source, [&](auto path) {
-    low_dispatch_kernel<decltype(path)><<<blocks, kThreads, params.offsets[kNumArrays], stream>>>(params);
-    return cudaGetLastError();
+    return launch_early(low_dispatch_kernel<decltype(path)>, blocks, kThreads, params.offsets[kNumArrays], stream,
+                        params.low.starts_early, params);
   });
 }
 

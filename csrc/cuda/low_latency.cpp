@@ -36,6 +36,7 @@ LowGroup Communicator::low_group() const {
   low.state = low_state_;
   low.masked_since = reinterpret_cast<std::uint32_t*>(low_state_ + 1);
   low.mask_on_timeout = options_.mask_on_timeout;
+  low.starts_early = has_bulk_;
   low.num_local_experts = num_local_experts_;
   return low;
 }

@@ -78,6 +78,7 @@ struct LowGroup {
   LowState* state;
   std::uint32_t* masked_since;  // [num_ranks], see LowState
   bool mask_on_timeout;
+  bool starts_early;  // see launch_early()
   std::int32_t num_local_experts;
 };
 

@@ -63,6 +63,13 @@ __device__ __forceinline__ std::int64_t load_cached_in_l2(const std::int64_t* at
 __device__ __forceinline__ std::int32_t load_cached_in_l2(const std::int32_t* at) { return __ldcg(at); }
 __device__ __forceinline__ float load_cached_in_l2(const float* at) { return __ldcg(at); }
 
+// Until what the stream has queued before this kernel is over: a kernel may have begun earlier, see launch_early().
+__device__ __forceinline__ void wait_for_stream() {
+#if defined(MOE_EP_BULK_COPIES)
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // A barrier of some warps of a block; __syncthreads is number 0.
 __device__ __forceinline__ void sync_some(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");

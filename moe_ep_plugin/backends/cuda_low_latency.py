@@ -175,6 +175,7 @@ class CudaLowLatency(_Base):
 
     def mask_ranks(self, ranks: tuple[int, ...]) -> None:
         """See :class:`Backend`."""
+        self._check_others(ranks)
         self._connected().low_mask(list(ranks), stream=self._current_stream().cuda_stream)
 
     def masked_ranks(self) -> tuple[int, ...]:

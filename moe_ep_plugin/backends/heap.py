@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..bootstrap import exchange
-from ..errors import BackendUnavailable, StateError
+from ..errors import BackendUnavailable, ConfigError, StateError
 from ..wire import FP8_DTYPE
 from .base import Backend, BackendContext
 from .select import agree, reasons_of, refuse
@@ -106,6 +106,11 @@ class HeapBackend(Backend):
         communicator = self._communicator
         if communicator is not None and os.getpid() == self._pid:
             communicator.depart(state, reason)
+
+    def _check_others(self, ranks: tuple[int, ...]) -> None:
+        """Refuse to mask this rank itself."""
+        if self._c.rank in ranks:
+            raise ConfigError.of("a rank", self._c.rank, "it is this one", "mask others; to leave, close the buffer")
 
     def _aligned_counts(self, counts: torch.Tensor) -> torch.Tensor:
         """Rows of each local expert in layout ``"expert"``, padding included."""

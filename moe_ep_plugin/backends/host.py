@@ -232,6 +232,7 @@ class HostBackend(HeapBackend):
 
     def mask_ranks(self, ranks: tuple[int, ...]) -> None:
         """See :class:`Backend`."""
+        self._check_others(ranks)
         self._connected().mask_ranks(ranks)
 
     def masked_ranks(self) -> tuple[int, ...]:

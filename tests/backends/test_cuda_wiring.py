@@ -372,8 +372,11 @@ def test_held_results_and_masks_are_asked_of_the_compiled_half(make: Any, compil
         with pytest.raises(StateError, match="still held"):
             buffer.low_latency_dispatch(x, idx)
         compiled.calls.clear()
-        buffer.mask_ranks(0)
-        assert compiled.calls == [("low_mask", {"ranks": [0], "stream": 0})]
+        with pytest.raises(ConfigError, match="a rank is 0, but it is this one"):
+            buffer.mask_ranks(0)
+        assert compiled.calls == []
+        buffer._backend.mask_ranks((3, 5))  # This group has no other rank.
+        assert compiled.calls == [("low_mask", {"ranks": [3, 5], "stream": 0})]
         assert buffer.masked_ranks() == (3, 5)
 
 

@@ -105,11 +105,12 @@ class LowBench(Bench):
                 self.show_overlap(row)
                 # Last: the profiler stays in the process and could slow what comes after it.
                 row["trace"] = trace_step(session, gemm, self.options.overlap or None)
-                self.report.say(
-                    f"rank 0, one eager step: {row['trace']['kernels']} kernels of ours, "
-                    f"{row['trace']['during_gemm']} of them while a GEMM ran (0 is right)"
-                    + (f"; trace in {self.options.overlap}" if self.options.overlap else "")
-                )
+                if row["trace"]:  # Rank 0's.
+                    self.report.say(
+                        f"rank 0, one eager step: {row['trace']['kernels']} kernels of ours, "
+                        f"{row['trace']['during_gemm']} of them while a GEMM ran (0 is right)"
+                        + (f"; trace in {self.options.overlap}" if self.options.overlap else "")
+                    )
             except Failed as error:
                 row["error"] = str(error)
                 self.report.say(f"overlap FAILED: {error}")

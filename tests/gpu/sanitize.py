@@ -65,30 +65,36 @@ def low_latency_steps(layout: str, wire: str, back: str, async_op: bool, in_plac
         timeout_s=300.0,
     )
     generator = torch.Generator().manual_seed(2)
-    weights = torch.full((37, 3), 0.5, device="cuda")
-    by_rank = layout == "rank"
     with EpBuffer(None, config) as buffer:
         for _ in range(3):
             x = torch.randint(-4, 5, (37, 272), generator=generator).bfloat16().cuda()
             idx = torch.randint(-1, 6, (37, 3), generator=generator).cuda()
-            out = buffer.low_latency_dispatch(x, idx, weights if by_rank else None, async_op=async_op).wait()
-            rows = out.x.float()
-            if out.scale is not None:
-                rows = rows * out.scale.repeat_interleave(128, dim=-1)[..., :272]
-            rows = buffer.empty_rows(out.handle).copy_(rows) if in_place else rows.bfloat16()
-            y = buffer.low_latency_combine(
-                rows,
-                idx,
-                None if by_rank else weights,
-                out.handle,
-                wire=back,  # type: ignore[arg-type]
-                async_op=async_op,
-            ).wait()
-            factor = (idx >= 0).any(1) if by_rank else 0.5 * (idx >= 0).sum(1)
-            assert torch.equal(y.x, (x * factor[:, None]).bfloat16())
-            assert not y.lost_weights.any()
-            del out, rows
+            low_latency_step(buffer, x, idx, back, async_op, in_place)
         buffer.check()
+
+
+def low_latency_step(
+    buffer: EpBuffer, x: torch.Tensor, idx: torch.Tensor, back: str, async_op: bool, in_place: bool
+) -> None:
+    """One step whose experts return what they get; nothing of it is held afterwards."""
+    by_rank = buffer.config.low_latency_layout == "rank"
+    weights = torch.full(idx.shape, 0.5, device="cuda")
+    out = buffer.low_latency_dispatch(x, idx, weights if by_rank else None, async_op=async_op).wait()
+    rows = out.x.float()
+    if out.scale is not None:
+        rows = rows * out.scale.repeat_interleave(128, dim=-1)[..., : x.shape[1]]
+    rows = buffer.empty_rows(out.handle).copy_(rows) if in_place else rows.bfloat16()
+    y = buffer.low_latency_combine(
+        rows,
+        idx,
+        None if by_rank else weights,
+        out.handle,
+        wire=back,  # type: ignore[arg-type]
+        async_op=async_op,
+    ).wait()
+    factor = (idx >= 0).any(1) if by_rank else 0.5 * (idx >= 0).sum(1)
+    assert torch.equal(y.x, (x * factor[:, None]).bfloat16())
+    assert not y.lost_weights.any()
 
 
 def main() -> None:
