@@ -122,8 +122,6 @@ __device__ inline void copy_rows(const LowCombineParams& params, std::uint8_t* t
                                  std::int32_t* ends) {
   const bool skips_own = !kQuantizes;
   const int groups = params.low.row_layout == RowLayout::kExpert ? params.low.num_local_experts : 1;
-  const int warp = threadIdx.x / 32;
-  const int lane = threadIdx.x & 31;
   const std::size_t row_bytes = static_cast<std::size_t>(params.hidden) * T::kBytes;
   const std::size_t out_row = kQuantizes ? quantized_row_bytes(static_cast<std::size_t>(params.hidden)) : row_bytes;
   const int blocks = (params.hidden + static_cast<int>(kFp8Block) - 1) / static_cast<int>(kFp8Block);
@@ -144,6 +142,8 @@ __device__ inline void copy_rows(const LowCombineParams& params, std::uint8_t* t
   };
   CopyItems item(params, ends, groups, chunks, skips_own);
 #if defined(MOE_EP_BULK_COPIES)
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x & 31;
   std::uint8_t* stages = ring.stages + static_cast<std::size_t>(warp) * kCopyStages * kCopyChunk;
   std::uint64_t* barriers = ring.barriers + warp * kCopyStages;
   float* scales = ring.scales + warp * kMostScalesAChunk;
