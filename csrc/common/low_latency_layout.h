@@ -9,7 +9,7 @@
 // A dispatch waits for a post of every rank before it writes any row. So a rank's rows are written only once its own
 // stream has come to that dispatch, and nothing before it still reads them; and the words of a dispatch are read before
 // those of the second one after it can come. Of a combine, a later combine of the same dispatch may have overwritten
-// the post: that says the same.
+// the post: that says the same but for how rows are given, and those of the earlier one are there by then.
 #pragma once
 
 #include <cstddef>

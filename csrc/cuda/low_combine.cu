@@ -293,7 +293,9 @@ __device__ bool await_rows(const LowCombineParams& params, const LowCombineShare
     if (wait == Wait::kMissing) shared.lost[source] = 1;
     if (wait != Wait::kCame) continue;
     const std::uint32_t value = low_value(seen);
-    if (word == static_cast<int>(LowWord::kBlocks) && value > 0) {
+    // A rank at a later combine of this dispatch has done this one: its rows are there, however it gives the later
+    // ones.
+    if (word == static_cast<int>(LowWord::kBlocks) && value > 0 && low_lead(seen, sequence) == 0) {
       copies = true;
       shared.ready[source] = 0;
     }
