@@ -125,19 +125,24 @@ std::unique_ptr<Communicator> connect(std::shared_ptr<Pool> heap, int rank,
   return std::make_unique<Communicator>(std::move(heap), rank, addresses, std::move(options), check_python_signals);
 }
 
+RowSource row_source(std::uintptr_t x, int element, std::optional<std::uintptr_t> scales,
+                     std::optional<std::uintptr_t> weights, std::int32_t hidden, bool quantize, bool power_of_two) {
+  return RowSource{pointer<const std::uint8_t>(x),
+                   pointer<const float>(scales.value_or(0)),
+                   pointer<const float>(weights.value_or(0)),
+                   hidden,
+                   static_cast<Element>(element),
+                   quantize,
+                   power_of_two};
+}
+
 DispatchResult dispatch(Communicator& self, std::uintptr_t x, int element, std::optional<std::uintptr_t> scales,
                         std::int64_t num_tokens, std::int32_t hidden, std::uintptr_t topk_idx, std::int64_t topk,
                         std::optional<std::uintptr_t> weights, int layout, std::int64_t max_recv_rows, bool quantize,
                         bool power_of_two, std::shared_ptr<Routing> routing, std::uintptr_t routing_memory, int num_sms,
                         std::uintptr_t stream, std::uintptr_t home) {
   DispatchArguments arguments{};
-  arguments.source = RowSource{pointer<const std::uint8_t>(x),
-                               pointer<const float>(scales.value_or(0)),
-                               pointer<const float>(weights.value_or(0)),
-                               hidden,
-                               static_cast<Element>(element),
-                               quantize,
-                               power_of_two};
+  arguments.source = row_source(x, element, scales, weights, hidden, quantize, power_of_two);
   arguments.num_tokens = num_tokens;
   arguments.has_scales = scales.has_value();
   arguments.has_weights = weights.has_value();
@@ -194,13 +199,7 @@ void low_dispatch(Communicator& self, std::uintptr_t x, int element, std::option
                   std::optional<std::uintptr_t> weights, bool quantize, bool power_of_two,
                   std::uintptr_t routing_memory, int index, bool receives, int num_sms, std::uintptr_t stream) {
   LowDispatchArguments arguments{};
-  arguments.source = RowSource{pointer<const std::uint8_t>(x),
-                               pointer<const float>(scales.value_or(0)),
-                               pointer<const float>(weights.value_or(0)),
-                               hidden,
-                               static_cast<Element>(element),
-                               quantize,
-                               power_of_two};
+  arguments.source = row_source(x, element, scales, weights, hidden, quantize, power_of_two);
   arguments.num_tokens = num_tokens;
   arguments.has_scales = scales.has_value();
   arguments.has_weights = weights.has_value();

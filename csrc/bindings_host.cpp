@@ -80,11 +80,10 @@ class HostCommunicator {
   std::unique_ptr<Communicator> communicator_;
 };
 
-DispatchResult dispatch(HostCommunicator& self, std::uintptr_t x, int element, std::optional<std::uintptr_t> scales,
-                        std::int64_t num_tokens, std::int64_t hidden, std::uintptr_t topk_idx, std::int64_t topk,
-                        std::optional<std::uintptr_t> weights, int layout, std::int64_t max_recv_rows, bool quantize,
-                        bool power_of_two, std::shared_ptr<Routing> routing) {
-  DispatchArguments arguments{};
+TokenArguments token_arguments(std::uintptr_t x, int element, std::optional<std::uintptr_t> scales,
+                               std::int64_t num_tokens, std::int64_t hidden, std::uintptr_t topk_idx, std::int64_t topk,
+                               std::optional<std::uintptr_t> weights, bool quantize, bool power_of_two) {
+  TokenArguments arguments{};
   arguments.x = pointer<const void>(x);
   arguments.element = static_cast<Element>(element);
   arguments.has_scales = scales.has_value();
@@ -95,11 +94,18 @@ DispatchResult dispatch(HostCommunicator& self, std::uintptr_t x, int element, s
   arguments.topk_idx = pointer<const std::int64_t>(topk_idx);
   arguments.topk = topk;
   arguments.weights = pointer<const float>(weights.value_or(0));
-  arguments.layout = static_cast<RowLayout>(layout);
-  arguments.max_recv_rows = max_recv_rows;
   arguments.quantize = quantize;
   arguments.power_of_two = power_of_two;
-  arguments.routing = std::move(routing);
+  return arguments;
+}
+
+DispatchResult dispatch(HostCommunicator& self, std::uintptr_t x, int element, std::optional<std::uintptr_t> scales,
+                        std::int64_t num_tokens, std::int64_t hidden, std::uintptr_t topk_idx, std::int64_t topk,
+                        std::optional<std::uintptr_t> weights, int layout, std::int64_t max_recv_rows, bool quantize,
+                        bool power_of_two, std::shared_ptr<Routing> routing) {
+  const DispatchArguments arguments{
+      token_arguments(x, element, scales, num_tokens, hidden, topk_idx, topk, weights, quantize, power_of_two),
+      static_cast<RowLayout>(layout), max_recv_rows, std::move(routing)};
   const py::gil_scoped_release release;
   return self.get().dispatch(arguments);
 }
@@ -127,20 +133,8 @@ std::shared_ptr<LowRouting> send_low_dispatch(HostCommunicator& self, std::uintp
                                               std::int64_t hidden, std::uintptr_t topk_idx, std::int64_t topk,
                                               std::optional<std::uintptr_t> weights, bool quantize, bool power_of_two,
                                               std::size_t index) {
-  LowDispatchArguments arguments{};
-  arguments.x = pointer<const void>(x);
-  arguments.element = static_cast<Element>(element);
-  arguments.has_scales = scales.has_value();
-  arguments.has_weights = weights.has_value();
-  arguments.scales = pointer<const float>(scales.value_or(0));
-  arguments.num_tokens = num_tokens;
-  arguments.hidden = hidden;
-  arguments.topk_idx = pointer<const std::int64_t>(topk_idx);
-  arguments.topk = topk;
-  arguments.weights = pointer<const float>(weights.value_or(0));
-  arguments.quantize = quantize;
-  arguments.power_of_two = power_of_two;
-  arguments.index = index;
+  const LowDispatchArguments arguments{
+      token_arguments(x, element, scales, num_tokens, hidden, topk_idx, topk, weights, quantize, power_of_two), index};
   const py::gil_scoped_release release;
   return self.low_latency().send_dispatch(arguments);
 }
@@ -243,6 +237,12 @@ PYBIND11_MODULE(_host, module) {
       .def("receive_low_latency_combine", &receive_low_combine, py::arg("combine"))
       .def(
           "low_latency_rows", [](HostCommunicator& self, std::size_t index) { return self.low_latency().rows(index); },
+          py::arg("index"))
+      .def(
+          "low_latency_rows_address",
+          [](HostCommunicator& self, std::size_t index) {
+            return reinterpret_cast<std::uintptr_t>(self.low_latency().rows_address(index));
+          },
           py::arg("index"))
       .def(
           "low_latency_held", [](HostCommunicator& self, std::size_t index) { return self.low_latency().held(index); },

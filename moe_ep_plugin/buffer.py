@@ -80,11 +80,8 @@ class EpBuffer:
         )
         self._backend = make_backend(context)
         self._low_latency = LowLatency(
-            config,
-            self._id,
-            num_local_experts=self.num_local_experts,
-            num_ranks=self.num_ranks,
-            backend=self._backend,
+            context,
+            self._backend,
             operation=self._operation,
             collective=lambda: _Collective(self),
         )

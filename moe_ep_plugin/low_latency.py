@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
-from .config import EpConfig
 from .errors import ConfigError, StateError
 from .handle import LowLatencyHandle
 from .low_latency_requests import LowLatencyChecker
 from .types import LowLatencyCombineOutput, LowLatencyDispatchOutput, Wire
 
 if TYPE_CHECKING:
-    from .backends.base import Backend
+    from .backends.base import Backend, BackendContext
 
 Output = TypeVar("Output")
 
@@ -89,7 +88,7 @@ class LowLatency:
     """What :class:`EpBuffer` does in low-latency mode; see its methods for arguments and errors.
 
     Args:
-        config, buffer_id, num_local_experts, num_ranks: The buffer's.
+        context: What the backend is made from.
         backend: Moves the rows.
         operation: ``operation(name)`` is entered for as long as a call may not meet another one.
         collective: Entered for what other ranks see.
@@ -97,16 +96,13 @@ class LowLatency:
 
     def __init__(
         self,
-        config: EpConfig,
-        buffer_id: int,
-        *,
-        num_local_experts: int,
-        num_ranks: int,
+        context: BackendContext,
         backend: Backend,
+        *,
         operation: Callable[[str], AbstractContextManager[None]],
         collective: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        self._check = LowLatencyChecker(config, buffer_id, num_local_experts=num_local_experts, num_ranks=num_ranks)
+        self._check = LowLatencyChecker(context)
         self._backend = backend
         self._operation = operation
         self._collective = collective

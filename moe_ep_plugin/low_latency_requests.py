@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .backends.base import LowLatencyCombineRequest, LowLatencyDispatchRequest
-from .config import EpConfig
+from .backends.base import BackendContext, LowLatencyCombineRequest, LowLatencyDispatchRequest
 from .errors import ConfigError
 from .handle import LowLatencyHandle
-from .requests import RequestChecker, checked_sms
+from .requests import RequestChecker, check_wire, checked_sms
 from .types import Wire
 
 
@@ -16,18 +15,13 @@ class LowLatencyChecker(RequestChecker):
     """Turns arguments into requests, or raises ConfigError with argument, value, limit and remedy.
 
     Args:
-        config: The buffer's settings.
-        buffer_id: What handles of this buffer carry.
-        num_local_experts: Experts on this rank.
-        num_ranks: Ranks in the group.
+        context: What the buffer's backend is made from.
     """
 
-    def __init__(self, config: EpConfig, buffer_id: int, *, num_local_experts: int, num_ranks: int) -> None:
-        super().__init__(config, buffer_id)
-        self._num_ranks = num_ranks
-        capacity = num_ranks * (config.low_latency_tokens_per_rank or 0)
-        expert = config.low_latency_layout == "expert"
-        self._rows_shape = (*((num_local_experts,) if expert else ()), capacity, config.hidden)
+    def __init__(self, context: BackendContext) -> None:
+        super().__init__(context.config, context.buffer_id)
+        self._num_ranks = context.num_ranks
+        self._rows_shape = (*context.low_latency_slots, context.config.hidden)
 
     def check_enabled(self) -> None:
         """Raise ConfigError unless the buffer has low-latency mode."""
@@ -125,8 +119,7 @@ class LowLatencyChecker(RequestChecker):
     ) -> LowLatencyCombineRequest:
         """Arguments of :meth:`EpBuffer.low_latency_combine`, checked."""
         self.check_handle(handle)
-        if wire not in ("bf16", "fp8"):
-            raise ConfigError.of("wire", repr(wire), "it must be 'bf16' or 'fp8'", "choose one of these")
+        check_wire(wire)
         rows = self._check_tensor("rows", rows, self._rows_shape)
         self.check_dtype("rows.dtype", rows.dtype)
         shape = (handle.num_tokens, handle.num_topk)

@@ -86,8 +86,7 @@ class RequestChecker:
     ) -> tuple[torch.Tensor, torch.Tensor | None, Wire]:
         """Rows, their scales if they are quantised already, and how they cross."""
         config = self.config
-        if wire not in ("bf16", "fp8"):
-            raise ConfigError.of("wire", repr(wire), "it must be 'bf16' or 'fp8'", "choose one of these")
+        check_wire(wire)
         if not isinstance(x, tuple):
             rows = self._check_tensor("x", x, (None, config.hidden))
             self.check_dtype("x.dtype", rows.dtype)
@@ -216,6 +215,12 @@ class RequestChecker:
             async_op=async_op,
             previous_event=previous_event,
         )
+
+
+def check_wire(wire: Wire) -> None:
+    """Raise ConfigError unless ``wire`` is a way for rows to cross."""
+    if wire not in ("bf16", "fp8"):
+        raise ConfigError.of("wire", repr(wire), "it must be 'bf16' or 'fp8'", "choose one of these")
 
 
 def _fits(have: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:

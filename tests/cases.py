@@ -145,6 +145,38 @@ def independent_cases(num_ranks: int, max_recv: Sequence[str]) -> st.SearchStrat
     return st.integers(0, (1 << 63) - 1).map(case)
 
 
+def draw_topk(rng: np.random.Generator, kind: str, shape: tuple[int, int], num_experts: int) -> np.ndarray:
+    """Ids [num_tokens, num_topk], -1 among them, of a kind that has no favourite expert."""
+    num_tokens, num_topk = shape
+    if kind == "repeated":
+        return np.repeat(rng.integers(-1, num_experts, (num_tokens, 1)), num_topk, axis=1)
+    if kind == "sparse":
+        return np.where(rng.random(shape) < 0.7, -1, rng.integers(0, num_experts, shape))
+    if kind == "distinct":
+        ids = np.concatenate([np.arange(num_experts), np.full(num_topk, -1)])
+        picks = [rng.permutation(len(ids))[:num_topk] for _ in range(num_tokens)]
+        return ids[np.array(picks, dtype=np.int64).reshape(shape)]
+    return rng.integers(-1, num_experts, shape)
+
+
+def draw_numbers(rng: np.random.Generator, numbers: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Small whole numbers (``"integer"``), of which every sum is exact, or real ones of one of a few sizes."""
+    if numbers == "integer":
+        return torch.from_numpy(rng.integers(-4, 5, shape).astype(np.float32))
+    spread = rng.choice([1e-3, 1.0, 30.0])
+    return torch.from_numpy((rng.standard_normal(shape) * spread).astype(np.float32))
+
+
+def as_sent(x: list[torch.Tensor], wire: str, power_of_two_scales: bool) -> list[tuple[torch.Tensor, ...]]:
+    """Rows, and scales on the FP8 wire, as they cross from each rank."""
+    if wire == "plain":
+        return [(rows,) for rows in x]
+    ends = np.cumsum([len(rows) for rows in x])[:-1].tolist()
+    codes, scales = oracle.quantize(torch.cat(x).float().numpy(), power_of_two_scales)
+    codes = torch.from_numpy(codes).view(torch.float8_e4m3fn)
+    return list(zip(codes.tensor_split(ends), torch.from_numpy(scales).tensor_split(ends), strict=True))
+
+
 class Inputs:
     """Everything that every rank puts into one routing of a case, and what must come out on rank ``me``."""
 
@@ -189,36 +221,19 @@ class Inputs:
 
     def _topk(self, rng: np.random.Generator, num_tokens: int, favourite: int) -> np.ndarray:
         shape = (num_tokens, self.case.num_topk)
-        num_experts = self.case.num_experts
         if self.kind == "one_expert":
             return np.full(shape, favourite)
-        if self.kind == "repeated":
-            return np.repeat(rng.integers(-1, num_experts, (num_tokens, 1)), self.case.num_topk, axis=1)
-        if self.kind == "sparse":
-            return np.where(rng.random(shape) < 0.7, -1, rng.integers(0, num_experts, shape))
-        if self.kind == "distinct":
-            ids = np.concatenate([np.arange(num_experts), np.full(self.case.num_topk, -1)])
-            picks = [rng.permutation(num_experts + self.case.num_topk)[: self.case.num_topk] for _ in range(num_tokens)]
-            return ids[np.array(picks, dtype=np.int64).reshape(shape)]
-        return rng.integers(-1, num_experts, shape)
+        return draw_topk(rng, self.kind, shape, self.case.num_experts)
 
     def _numbers(self, rng: np.random.Generator, shape: tuple[int, ...]) -> torch.Tensor:
-        if self.case.numbers == "integer":
-            return torch.from_numpy(rng.integers(-4, 5, shape).astype(np.float32))
-        spread = rng.choice([1e-3, 1.0, 30.0])
-        return torch.from_numpy((rng.standard_normal(shape) * spread).astype(np.float32))
+        return draw_numbers(rng, self.case.numbers, shape)
 
     # What must come out
 
     @cached_property
     def sent(self) -> list[tuple[torch.Tensor, ...]]:
         """Rows, and scales on the FP8 wire, as they cross from each rank."""
-        if self.case.wire == "plain":
-            return [(x,) for x in self.x]
-        ends = np.cumsum([len(x) for x in self.x])[:-1].tolist()
-        codes, scales = oracle.quantize(torch.cat(self.x).float().numpy(), self.case.power_of_two_scales)
-        codes = torch.from_numpy(codes).view(torch.float8_e4m3fn)
-        return list(zip(codes.tensor_split(ends), torch.from_numpy(scales).tensor_split(ends), strict=True))
+        return as_sent(self.x, self.case.wire, self.case.power_of_two_scales)
 
     def received(self, sources: list[torch.Tensor]) -> torch.Tensor:
         """The rows of each rank's ``sources`` that belong to the rows of rank ``me``; padding is zero."""

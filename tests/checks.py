@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,21 +162,22 @@ def run_case(case: Case, places: tuple[Place, ...], routings: int) -> int:
 
 def run_random(
     pool: RankPool,
-    drawn: st.SearchStrategy[Case],
+    drawn: st.SearchStrategy[Any],
     num_cases: int,
     places: tuple[Place, ...],
     routings: int,
     *,
+    run: Callable[..., int] = run_case,
     phases: Sequence[Phase] = tuple(Phase),
 ) -> int:
-    """Draw cases and run each on the pool's ranks; returns how many routings were compared."""
+    """Draw cases and ``run`` each on the pool's ranks; returns how many routings were compared."""
     compared = 0
 
     @settings(max_examples=num_cases, phases=phases)
     @given(case=drawn)
-    def check(case: Case) -> None:
+    def check(case: Any) -> None:
         nonlocal compared
-        compared += pool.run(run_case, case, places, routings)[0]
+        compared += pool.run(run, case, places, routings)[0]
 
     check()
     return compared

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from moe_ep_plugin import EpConfig
 
 from . import oracle
-from .cases import DTYPES, Place, bits
+from .cases import DTYPES, Place, as_sent, bits, draw_numbers, draw_topk
 
 ORDERS = ("one", "pair", "reversed", "pipeline")
 """Of a few steps' calls: one step after the other, or two results in flight; see ``low_latency_checks.run_steps``."""
@@ -173,27 +173,16 @@ class LowLatencyInputs:
         return oracle.Routing(self._rank_of, self.case.num_ranks, topk_idx)
 
     def _topk(self, rng: np.random.Generator, num_tokens: int, favourite: int) -> np.ndarray:
-        shape, num_experts = (num_tokens, self.num_topk), self.case.num_experts
+        shape = (num_tokens, self.num_topk)
         if self.kind == "all_to_one":
             return np.where(np.arange(self.num_topk) == rng.integers(self.num_topk), favourite, np.full(shape, -1))
         if self.kind == "one_rank":
             there = [e for e, rank in enumerate(self._rank_of) if rank == self._rank_of[favourite]]
             return rng.choice([-1, *there], shape)
-        if self.kind == "repeated":
-            return np.repeat(rng.integers(-1, num_experts, (num_tokens, 1)), self.num_topk, axis=1)
-        if self.kind == "sparse":
-            return np.where(rng.random(shape) < 0.7, -1, rng.integers(0, num_experts, shape))
-        if self.kind == "distinct":
-            ids = np.concatenate([np.arange(num_experts), np.full(self.num_topk, -1)])
-            picks = [rng.permutation(len(ids))[: self.num_topk] for _ in range(num_tokens)]
-            return ids[np.array(picks, dtype=np.int64).reshape(shape)]
-        return rng.integers(-1, num_experts, shape)
+        return draw_topk(rng, self.kind, shape, self.case.num_experts)
 
     def _numbers(self, rng: np.random.Generator, shape: tuple[int, ...]) -> torch.Tensor:
-        if self.case.numbers == "integer":
-            return torch.from_numpy(rng.integers(-4, 5, shape).astype(np.float32))
-        spread = rng.choice([1e-3, 1.0, 30.0])
-        return torch.from_numpy((rng.standard_normal(shape) * spread).astype(np.float32))
+        return draw_numbers(rng, self.case.numbers, shape)
 
     # What must come out
 
@@ -205,12 +194,7 @@ class LowLatencyInputs:
     @cached_property
     def sent(self) -> list[tuple[torch.Tensor, ...]]:
         """Rows, and scales on the FP8 wire, as they cross from each rank."""
-        if self.case.wire == "plain":
-            return [(x,) for x in self.x]
-        ends = np.cumsum([len(x) for x in self.x])[:-1].tolist()
-        codes, scales = oracle.quantize(torch.cat(self.x).float().numpy(), self.case.power_of_two_scales)
-        codes = torch.from_numpy(codes).view(torch.float8_e4m3fn)
-        return list(zip(codes.tensor_split(ends), torch.from_numpy(scales).tensor_split(ends), strict=True))
+        return as_sent(self.x, self.case.wire, self.case.power_of_two_scales)
 
     @cached_property
     def counts(self) -> torch.Tensor:

@@ -11,14 +11,11 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 
 from moe_ep_plugin import CapacityError, EpBuffer, LowLatencyDispatchOutput, Pending
 
 from .cases import Place
 from .checks import poison, same
-from .harness import RankPool
 from .low_latency_cases import LowLatencyCase, LowLatencyInputs
 
 Results = dict[str, torch.Tensor | None]
@@ -250,25 +247,3 @@ def run_case(case: LowLatencyCase, places: tuple[Place, ...], routings: int, gro
                     for name, got in one.items():
                         same(f"{name} of {places[0]} and {place}", got, other[name])
     return routings * len(places)
-
-
-def run_random(
-    pool: RankPool,
-    drawn: st.SearchStrategy[LowLatencyCase],
-    num_cases: int,
-    places: tuple[Place, ...],
-    routings: int,
-    *,
-    phases: Sequence[Phase] = tuple(Phase),
-) -> int:
-    """Draw cases and run each on the pool's ranks; returns how many routings were compared, over all places."""
-    compared = 0
-
-    @settings(max_examples=num_cases, phases=phases)
-    @given(case=drawn)
-    def check(case: LowLatencyCase) -> None:
-        nonlocal compared
-        compared += pool.run(run_case, case, places, routings)[0]
-
-    check()
-    return compared

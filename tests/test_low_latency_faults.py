@@ -161,19 +161,25 @@ def test_missing_rank(half: str, fault: str) -> None:
             assert name == "PeerLost" and why in text, (name, text)
 
 
+def run_with_late_ranks(kind: type[Step], buffer: EpBuffer, seconds: float) -> None:
+    """Steps in which one rank after the other comes ``seconds`` later than the others before each of its halves."""
+    for number in range(3):
+        step = kind(buffer, number)
+        late = seconds if number % buffer.num_ranks == buffer.rank else 0
+        time.sleep(late)
+        pending = step.send()
+        time.sleep(late)
+        out = pending.wait()
+        del pending
+        step.check_received(out)
+        time.sleep(late)
+        step.combine(out)
+        del out
+
+
 def comes_late(backend: str) -> bool:
     with make_buffer(backend) as buffer:
-        for number in range(3):
-            step, late = Step(buffer, number), number % buffer.num_ranks == buffer.rank
-            time.sleep(0.15 * late)
-            pending = step.send()
-            time.sleep(0.15 * late)
-            out = pending.wait()
-            del pending
-            step.check_received(out)
-            time.sleep(0.15 * late)
-            step.combine(out)
-            del out
+        run_with_late_ranks(Step, buffer, 0.15)
     return True
 
 

@@ -84,10 +84,15 @@ inline std::string describe_difference(int source, int rank, std::uint64_t seque
          std::to_string(mine) + " here; call the same operations in the same order on every rank";
 }
 
-inline std::string describe_bad_route(std::int64_t token, std::int64_t position, std::int64_t expert,
+// `route`: 1 + its flat index in topk_idx, as ranks report it.
+inline std::string describe_route(std::int64_t route, std::int64_t topk, std::int64_t expert) {
+  return "topk_idx[" + std::to_string((route - 1) / topk) + ", " + std::to_string((route - 1) % topk) + "] is " +
+         std::to_string(expert);
+}
+
+inline std::string describe_bad_route(std::int64_t route, std::int64_t topk, std::int64_t expert,
                                       std::int64_t num_experts) {
-  return "topk_idx[" + std::to_string(token) + ", " + std::to_string(position) + "] is " + std::to_string(expert) +
-         ", but expert ids run from 0 to " + std::to_string(num_experts - 1) +
+  return describe_route(route, topk, expert) + ", but expert ids run from 0 to " + std::to_string(num_experts - 1) +
          " (-1: none); fix the router or num_experts";
 }
 
@@ -97,8 +102,8 @@ inline std::string describe_full_slots(int rank, std::int64_t need, std::int64_t
          " (one a token of every rank); send a token to an expert once only";
 }
 
-inline std::string describe_other_route(std::int64_t token, std::int64_t position, std::int64_t expert) {
-  return "topk_idx[" + std::to_string(token) + ", " + std::to_string(position) + "] is " + std::to_string(expert) +
+inline std::string describe_other_route(std::int64_t route, std::int64_t topk, std::int64_t expert) {
+  return describe_route(route, topk, expert) +
          ", but the handle's dispatch sent it to another expert; pass the ids that were dispatched, or -1 to leave a "
          "route out";
 }

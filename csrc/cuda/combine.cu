@@ -181,20 +181,13 @@ __global__ void __launch_bounds__(kThreads, 1) reduce_kernel(const __grid_consta
 // Calls `visit` with the Reduction that fits. Wide chunks of few rows keep as many bytes in flight.
 template <class Visit>
 cudaError_t visit_reduction(Element element, bool plain, int chunk_bytes, Visit&& visit) {
-  const auto with_element = [&](auto tag) -> cudaError_t {
+  return visit_element_on_host(element, [&](auto tag) -> cudaError_t {
     using T = decltype(tag);
     if (plain && chunk_bytes == kWideReduceChunk) return visit(Reduction<T, kWideReduceChunk / 512, true>{});
     if (plain && chunk_bytes == kReduceChunk) return visit(Reduction<T, kReduceChunk / 512, true>{});
     if (!plain && chunk_bytes == kReduceChunk) return visit(Reduction<T, kReduceChunk / 512, false>{});
     return cudaErrorInvalidValue;
-  };
-  switch (element) {
-    case Element::kFloat32: return with_element(Float32{});
-    case Element::kBFloat16: return with_element(BFloat16{});
-    case Element::kFloat16: return with_element(Float16{});
-    case Element::kFloat8: break;
-  }
-  return cudaErrorInvalidValue;
+  });
 }
 
 }  // namespace

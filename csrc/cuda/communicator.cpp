@@ -153,9 +153,9 @@ void Communicator::fill_tables() {
   group_.first_of_rank = table(first_of_rank);
   group_.block_counts = next;
   group_.state = reinterpret_cast<DeviceState*>(memory);
-  low_state_ = reinterpret_cast<LowState*>(memory + low_at);
   group_.report = static_cast<Report*>(report_on_device);
   group_.timeout_ns = static_cast<std::uint64_t>(options_.timeout_s * 1e9);
+  fill_low_group(reinterpret_cast<LowState*>(memory + low_at), *std::max_element(held.begin(), held.end()));
 }
 
 // At the end of a process the driver may be gone already: nothing is checked.
@@ -239,9 +239,12 @@ Pipeline Communicator::reduce_pipeline(int num_sources, int most_entries, bool p
   return pipeline;
 }
 
+int Communicator::most_blocks(int num_sms) const {
+  return std::min(num_sms > 0 ? num_sms : options_.default_sms, num_device_sms_);
+}
+
 int Communicator::blocks_for(int num_sms, std::int64_t items, int warps) const {
-  const int most = std::min(num_sms > 0 ? num_sms : options_.default_sms, num_device_sms_);
-  return static_cast<int>(std::clamp<std::int64_t>((items + warps - 1) / warps, 1, most));
+  return static_cast<int>(std::clamp<std::int64_t>(divided_up(items, warps), 1, most_blocks(num_sms)));
 }
 
 // Operations follow each other on the GPU whatever streams they are queued on.

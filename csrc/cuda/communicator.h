@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdint>
@@ -227,9 +228,12 @@ class Communicator {
   void release();
 
   int num_ranks() const { return static_cast<int>(bases_.size()); }
+  // Of a launch on at most `num_sms` SMs, 0: the default; and as many of them as have work.
+  int most_blocks(int num_sms) const;
   int blocks_for(int num_sms, std::int64_t items, int warps) const;
   LowRoutingShape low_routing_shape(std::int64_t num_tokens, std::int64_t topk) const;
-  LowGroup low_group() const;
+  int most_low_blocks(int num_sms) const { return std::min(most_blocks(num_sms), kMostLowBlocks); }
+  void fill_low_group(LowState* state, std::int32_t most_local_experts);
   void follow_low_home(int index, cudaStream_t stream);
   Pipeline send_pipeline(const RowSource& source, const RowSizes& sizes, int num_destinations) const;
   Pipeline reduce_pipeline(int num_sources, int most_entries, bool plain) const;
@@ -278,7 +282,7 @@ class Communicator {
   void* device_memory_ = nullptr;  // state, tables and workspace
   Report* report_ = nullptr;       // as the host maps it, and its words
   Group group_{};
-  LowState* low_state_ = nullptr;
+  LowGroup low_{};
   std::array<std::weak_ptr<LowHold>, kLowBuffers> low_holds_;
   std::array<cudaStream_t, kLowBuffers> low_homes_{};
   cudaEvent_t low_home_event_ = nullptr;

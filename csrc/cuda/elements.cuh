@@ -107,5 +107,17 @@ __device__ inline void visit_element(Element element, Visitor&& visit) {
   __trap();
 }
 
+// The same on the host, for what `visit` returns.
+template <class Visitor>
+cudaError_t visit_element_on_host(Element element, Visitor&& visit) {
+  switch (element) {
+    case Element::kFloat32: return visit(Float32{});
+    case Element::kBFloat16: return visit(BFloat16{});
+    case Element::kFloat16: return visit(Float16{});
+    case Element::kFloat8: break;
+  }
+  return cudaErrorInvalidValue;
+}
+
 }  // namespace gpu
 }  // namespace moe_ep

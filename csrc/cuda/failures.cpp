@@ -152,20 +152,14 @@ void Communicator::throw_outcome(const ReportedOutcome& reported) {
     case Outcome::kTooMany:
       throw Error(ErrorKind::kCapacity, "rank " + std::to_string(rank) + " would receive " + std::to_string(values[1]) +
                                             " rows, but slots are 32-bit; dispatch fewer tokens at a time");
-    case Outcome::kBadRoute: {
-      const std::int64_t index = values[1] - 1;
-      throw Error(ErrorKind::kConfig,
-                  "rank " + std::to_string(rank) + ": " +
-                      describe_bad_route(index / values[3], index % values[3], values[2], group_.num_experts) + " (" +
-                      where + ")");
-    }
+    case Outcome::kBadRoute:
+      throw Error(ErrorKind::kConfig, "rank " + std::to_string(rank) + ": " +
+                                          describe_bad_route(values[1], values[3], values[2], group_.num_experts) +
+                                          " (" + where + ")");
     case Outcome::kFullSlots:
       throw Error(ErrorKind::kCapacity, describe_full_slots(rank, values[1], values[2]) + " (" + where + ")");
-    case Outcome::kOtherRoute: {
-      const std::int64_t index = values[1] - 1;
-      throw Error(ErrorKind::kConfig,
-                  describe_other_route(index / values[3], index % values[3], values[2]) + " (" + where + ")");
-    }
+    case Outcome::kOtherRoute:
+      throw Error(ErrorKind::kConfig, describe_other_route(values[1], values[3], values[2]) + " (" + where + ")");
     case Outcome::kMasked:
       throw Error(ErrorKind::kLost,
                   "rank " + std::to_string(rank) + " has masked rank " + std::to_string(rank_) + " (" + where + ")");

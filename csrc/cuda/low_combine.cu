@@ -376,8 +376,11 @@ __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_c
     fence_shared_to_bulk();
     fence_bulk_to_global();
   }
-  if (start.failed != 0) return;
+  // Another kernel may fail at any time: one thread has looked, for all of the block.
+  __shared__ std::uint32_t failed;
+  if (threadIdx.x == 0) failed = start.failed;
   __syncthreads();
+  if (failed != 0) return;
   const LowPost post{static_cast<std::uint32_t>(kOperation),
                      static_cast<std::uint32_t>(kQuantizes ? Element::kFloat8 : params.element),
                      static_cast<std::uint32_t>(params.topk),
@@ -395,8 +398,10 @@ __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_c
       fence_system();
       publish_low_post(low, kKind, params.index, sequence, post, shared.heaps, shared.masked, nullptr, 0, kPosting);
     }
-    if (blockIdx.x == 0 && threadIdx.x == kThreads - 1) params.routing.header->combine_sequence = sequence;
-    if (threadIdx.x == kThreads - 1) begin_operation(low, sequence);
+    // By then every block has read the last one.
+    if (threadIdx.x == kThreads - 1 && begin_operation(low, sequence)) {
+      params.routing.header->combine_sequence = sequence;
+    }
     if constexpr (kCopies) {
       // Of a dispatch that has been combined before, peers may still read what is about to be written.
       if (start.header.combine_sequence != 0 && !await_posts(params, shared, sequence)) return;
@@ -442,20 +447,13 @@ cudaError_t visit_low_rows(Rows rows, Visit&& visit) {
 // Calls `visit` with the kernel for such rows.
 template <class Visit>
 cudaError_t visit_low_combine(Element element, bool plain, Rows rows, Visit&& visit) {
-  const auto with_element = [&](auto tag) -> cudaError_t {
+  return visit_element_on_host(element, [&](auto tag) -> cudaError_t {
     using T = decltype(tag);
     return visit_low_rows(rows, [&](auto of) {
       if (plain) return visit(low_combine_kernel<Reduction<T, kReduceChunk / 512, true>, decltype(of)::value>);
       return visit(low_combine_kernel<Reduction<T, kReduceChunk / 512, false>, decltype(of)::value>);
     });
-  };
-  switch (element) {
-    case Element::kFloat32: return with_element(Float32{});
-    case Element::kBFloat16: return with_element(BFloat16{});
-    case Element::kFloat16: return with_element(Float16{});
-    case Element::kFloat8: break;
-  }
-  return cudaErrorInvalidValue;
+  });
 }
 
 }  // namespace

@@ -18,19 +18,11 @@ constexpr LowKind kKind = LowKind::kDispatch;
 constexpr int kRouters = kLowCountWarps * 32;
 constexpr int kQuickSpins = 256;  // for a word, before looking what keeps it
 
-// Arrays of one rank's receive buffer.
-struct LowDestination {
-  std::uint8_t* rows;
-  float* scales;
-  float* weights;
-  std::int64_t* indices;
-};
-
 // Arrays in shared memory, in their order. Offsets come from the host: finding them takes a kernel a microsecond.
 enum LowArray : int {
   kBarriers,      // std::uint64_t [warps][stages]
   kHeaps,         // std::uint8_t* [num_ranks]
-  kDestinations,  // LowDestination [num_ranks]
+  kDestinations,  // Destination [num_ranks]
   kScales,        // float [warps][kMostScalesAChunk]
   kIds,           // std::int32_t [routes] expert, -1: none
   kKeys,          // std::int32_t [routes] layout rank: the rank where a row goes, once a rank; -1: nowhere
@@ -60,7 +52,7 @@ void lay_out(LowDispatchParams& params) {
   std::size_t bytes[kNumArrays] = {};
   bytes[kBarriers] = kWarps * params.stages * sizeof(std::uint64_t);
   bytes[kHeaps] = ranks * sizeof(std::uint8_t*);
-  bytes[kDestinations] = ranks * sizeof(LowDestination);
+  bytes[kDestinations] = ranks * sizeof(Destination);
   bytes[kScales] = params.source.quantize ? kWarps * kMostScalesAChunk * sizeof(float) : 0;
   bytes[kIds] = routes * sizeof(std::int32_t);
   bytes[kPlaces] = routes * sizeof(std::uint16_t);
@@ -88,7 +80,7 @@ struct LowShared {
     return reinterpret_cast<T*>(base + offsets[array]);
   }
   __device__ std::uint8_t** heaps() const { return at<std::uint8_t*>(kHeaps); }
-  __device__ LowDestination* destinations() const { return at<LowDestination>(kDestinations); }
+  __device__ Destination* destinations() const { return at<Destination>(kDestinations); }
   __device__ std::int32_t* ids() const { return at<std::int32_t>(kIds); }
   __device__ std::int32_t* rank_of() const { return at<std::int32_t>(kRankOf); }
   __device__ std::int32_t* local_of() const { return at<std::int32_t>(kLocalOf); }
@@ -158,6 +150,13 @@ struct LowLoader {
   __device__ void wait(int which, std::uint32_t parity) const {
     if (params.bulk_loads) barrier_wait(barriers + which, parity);
   }
+  // The first loads but for `waited` of them: shared memory is not to be left before what is on the way to it.
+  __device__ void drain(int waited) const {
+#pragma unroll 1
+    for (int i = waited; i < params.stages; ++i) {
+      if (items.first + i * kWarps < items.end) wait(i, 0);
+    }
+  }
 };
 
 // What a kernel begins with: everything that it needs from global memory before it can do anything, in one go.
@@ -213,9 +212,9 @@ __device__ bool keep_start(const LowDispatchParams& params, const LowShared& sha
     shared.missing()[rank] = 0;
     shared.heaps()[rank] = base;
     std::uint8_t* block = base + params.receive_offset;
-    shared.destinations()[rank] = LowDestination{block, reinterpret_cast<float*>(block + params.arrays.scales),
-                                                 reinterpret_cast<float*>(block + params.arrays.weights),
-                                                 reinterpret_cast<std::int64_t*>(block + params.arrays.indices)};
+    shared.destinations()[rank] = Destination{block, reinterpret_cast<float*>(block + params.arrays.scales),
+                                              reinterpret_cast<float*>(block + params.arrays.weights),
+                                              reinterpret_cast<std::int64_t*>(block + params.arrays.indices)};
   };
   int at = static_cast<int>(threadIdx.x);
   if (at < low.group.num_ranks) keep_rank(at, start.since, start.base);
@@ -625,7 +624,7 @@ __device__ __noinline__ void send_metadata(const LowDispatchParams& params, cons
     const int rank = __shfl_sync(0xffffffffu, static_cast<int>(entry.rank), i);
     const std::size_t slot = static_cast<std::size_t>(__shfl_sync(0xffffffffu, entry.slot, i));
     if (lane >= params.topk) continue;
-    const LowDestination& to = shared.destinations()[rank];
+    const Destination& to = shared.destinations()[rank];
     to.indices[slot * params.topk + lane] = rank_of == rank ? shared.local_of()[id] : -1;
     if (params.sizes.weight > 0) to.weights[slot * params.topk + lane] = rank_of == rank ? weight : 0.0f;
   }
@@ -717,7 +716,7 @@ __device__ __noinline__ void prepare_chunk(const LowDispatchParams& params, cons
 __device__ __noinline__ void clear_tail(const LowDispatchParams& params, const LowShared& shared, bool dropped) {
   const LowGroup& low = params.low;
   const std::int32_t rows = dropped ? 0 : shared.totals()[low.group.num_experts + low.group.rank];
-  const LowDestination& own = shared.destinations()[low.group.rank];
+  const Destination& own = shared.destinations()[low.group.rank];
   const std::int64_t end = static_cast<std::int64_t>(low.slots.capacity) * params.topk;
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
 #pragma unroll 1
@@ -773,10 +772,16 @@ __global__ void __launch_bounds__(kThreads, 1) low_dispatch_kernel(const __grid_
   }
   __syncwarp();
   if (blockIdx.x == gridDim.x - 1) clear_counts(params);
-  if (start.failed != 0) return;
 #pragma unroll 1
   for (int i = 0; i < stages; ++i) loader.load(loader.items.first + i * kWarps, i);
+  // Another kernel may fail at any time: one thread has looked, for all of the block.
+  __shared__ std::uint32_t failed;
+  if (threadIdx.x == 0) failed = start.failed;
   const bool rare = __syncthreads_or(keep_start(params, shared, start)) != 0;
+  if (failed != 0) {
+    loader.drain(0);
+    return;
+  }
   if (threadIdx.x == kThreads - 1) begin_operation(low, sequence);
 
   const bool by_rank = low.row_layout == RowLayout::kRank;
@@ -816,11 +821,7 @@ __global__ void __launch_bounds__(kThreads, 1) low_dispatch_kernel(const __grid_
   LowVerdict verdict{false, false};
   if (gather_posts(params, shared, sequence, post, rare)) verdict = judge_posts(params, shared, sequence);
   if (verdict.failed) {
-    // Shared memory is not to be left before what is on the way to it.
-#pragma unroll 1
-    for (int i = 1; i < stages; ++i) {
-      if (first_item + i * kWarps < loader.items.end) loader.wait(i, 0);
-    }
+    loader.drain(1);
     return;
   }
   int which = 0;
@@ -887,7 +888,8 @@ __global__ void __launch_bounds__(kThreads, 1) low_receive_kernel(const __grid_c
   extern __shared__ __align__(128) std::uint8_t memory[];
   const LowGroup& low = params.low;
   wait_for_stream();
-  const std::uint32_t failed = load_relaxed_device(&low.group.state->failed);
+  __shared__ std::uint32_t failed;
+  if (threadIdx.x == 0) failed = load_relaxed_device(&low.group.state->failed);
   // Ranks that were left out meanwhile are not waited for either.
   const std::uint32_t begun = load_relaxed_device(&low.state->sequence);
   const std::uint32_t sequence = params.routing.header->sequence;
@@ -895,8 +897,8 @@ __global__ void __launch_bounds__(kThreads, 1) low_receive_kernel(const __grid_c
   for (int rank = threadIdx.x; rank < low.group.num_ranks; rank += blockDim.x) {
     memory[rank] = is_masked(load_relaxed_device(low.masked_since + rank), begun) ? 1 : 0;
   }
-  if (failed != 0) return;
   __syncthreads();
+  if (failed != 0) return;
   receive(low, low.group.bases[low.group.rank], params.routing, params.index, sequence, memory, [](int) { return 0; });
 }
 
@@ -909,13 +911,7 @@ __global__ void low_mask_kernel(LowGroup low, std::uint64_t ranks, int first) {
 template <class Visit>
 cudaError_t visit_low_path(const RowSource& source, Visit&& visit) {
   if (!source.quantize) return visit(AsTheyAre{});
-  switch (source.element) {
-    case Element::kFloat32: return visit(Quantized<Float32>{});
-    case Element::kBFloat16: return visit(Quantized<BFloat16>{});
-    case Element::kFloat16: return visit(Quantized<Float16>{});
-    case Element::kFloat8: break;
-  }
-  return cudaErrorInvalidValue;
+  return visit_element_on_host(source.element, [&](auto tag) { return visit(Quantized<decltype(tag)>{}); });
 }
 
 }  // namespace

@@ -13,32 +13,23 @@ namespace {
 constexpr std::int64_t kLargestLowChunk = 4096;  // bytes of a source row
 constexpr std::int64_t kSmallestLowChunk = 1024;
 
-std::int64_t divided_up(std::int64_t value, std::int64_t by) { return (value + by - 1) / by; }
-
 }  // namespace
 
 LowRoutingShape Communicator::low_routing_shape(std::int64_t num_tokens, std::int64_t topk) const {
   return LowRoutingShape{bases_.size(), at(num_local_experts_), at(num_tokens), at(topk)};
 }
 
-LowGroup Communicator::low_group() const {
-  LowGroup low{};
-  low.group = group_;
-  low.layout = pool_->low();
-  low.slots.capacity = at(options_.low_tokens) * bases_.size();
-  low.slots.groups = 1;
-  if (options_.low_layout == RowLayout::kExpert) {
-    std::vector<std::size_t> held(bases_.size(), 0);
-    for (const std::int32_t rank : options_.expert_to_rank) ++held[at(rank)];
-    low.slots.groups = *std::max_element(held.begin(), held.end());
-  }
-  low.row_layout = options_.low_layout;
-  low.state = low_state_;
-  low.masked_since = reinterpret_cast<std::uint32_t*>(low_state_ + 1);
-  low.mask_on_timeout = options_.mask_on_timeout;
-  low.starts_early = has_bulk_;
-  low.num_local_experts = num_local_experts_;
-  return low;
+void Communicator::fill_low_group(LowState* state, std::int32_t most_local_experts) {
+  low_.group = group_;
+  low_.layout = pool_->low();
+  low_.slots.capacity = at(options_.low_tokens) * bases_.size();
+  low_.slots.groups = options_.low_layout == RowLayout::kExpert ? at(most_local_experts) : 1;
+  low_.row_layout = options_.low_layout;
+  low_.state = state;
+  low_.masked_since = reinterpret_cast<std::uint32_t*>(state + 1);
+  low_.mask_on_timeout = options_.mask_on_timeout;
+  low_.starts_early = has_bulk_;
+  low_.num_local_experts = num_local_experts_;
 }
 
 // Results that are used on another stream than the one that writes the buffer next.
@@ -60,7 +51,7 @@ LowBlock Communicator::low_block(int index, const RowSizes& sizes, cudaStream_t 
     kept = block.hold;
   }
   block.receive = pool_->base() + pool_->low().receive(at(index));
-  block.offsets = low_group().slots.arrays(sizes.row, sizes.scale, sizes.weight, sizes.index);
+  block.offsets = low_.slots.arrays(sizes.row, sizes.scale, sizes.weight, sizes.index);
   block.rows = low_rows(index);
   return block;
 }
@@ -71,7 +62,7 @@ void Communicator::low_dispatch(const LowDispatchArguments& arguments) {
   const RowSource& source = arguments.source;
   const bool quantized = source.quantize || arguments.has_scales;
   LowDispatchParams params{};
-  params.low = low_group();
+  params.low = low_;
   params.source = source;
   const std::int64_t element = static_cast<std::int64_t>(element_bytes(source.element));
   const bool by_rank = options_.low_layout == RowLayout::kRank;
@@ -90,8 +81,7 @@ void Communicator::low_dispatch(const LowDispatchArguments& arguments) {
   params.bulk_stores = has_bulk_ && params.sizes.row % 16 == 0;
 
   // So many chunks that every warp has one, within what is worth a copy of its own.
-  const int most = std::min(std::min(arguments.num_sms > 0 ? arguments.num_sms : options_.default_sms, num_device_sms_),
-                            kMostLowBlocks);
+  const int most = most_low_blocks(arguments.num_sms);
   const std::int64_t unit = quantized ? static_cast<std::int64_t>(kFp8Block) : 16 / element;
   const std::int64_t row = source.hidden * element;
   const std::int64_t wanted = divided_up(std::int64_t{most} * kWarps, std::max<std::int64_t>(arguments.num_tokens, 1));
@@ -133,7 +123,7 @@ void Communicator::low_receive(void* routing_memory, std::int64_t num_tokens, st
   const DeviceGuard guard(pool_->device());
   throw_if_failed(true);
   LowDispatchParams params{};
-  params.low = low_group();
+  params.low = low_;
   params.routing = LowRoutingView::at(routing_memory, low_routing_shape(num_tokens, topk));
   params.index = index;
   params.halves = kLowReceive;
@@ -152,7 +142,7 @@ bool Communicator::low_combine(const LowCombineArguments& arguments) {
   const bool is_in_place = !arguments.quantize && (arguments.rows == in_place || arguments.rows == nullptr);
   const bool copies = sends && !is_in_place;
   LowCombineParams params{};
-  params.low = low_group();
+  params.low = low_;
   params.topk_idx = arguments.topk_idx;
   params.weights = arguments.weights;
   params.has_weights = arguments.has_weights;
@@ -176,8 +166,7 @@ bool Communicator::low_combine(const LowCombineArguments& arguments) {
   params.pipeline.chunk_bytes = kReduceChunk;
   while (low_combine_shared_bytes(params) > most_shared_bytes_ && params.pipeline.warps > 1) --params.pipeline.warps;
   const std::int64_t row = arguments.hidden * static_cast<std::int64_t>(element_bytes(arguments.element));
-  const int most = std::min(std::min(arguments.num_sms > 0 ? arguments.num_sms : options_.default_sms, num_device_sms_),
-                            kMostLowBlocks);
+  const int most = most_low_blocks(arguments.num_sms);
   params.send_blocks = most;
   int blocks = 1;
   if (copies) blocks = most;
@@ -201,7 +190,7 @@ void Communicator::low_mask(const std::vector<int>& ranks, cudaStream_t stream) 
     for (const int rank : ranks) {
       if (rank >= first && rank < first + 64) bits |= std::uint64_t{1} << (rank - first);
     }
-    if (bits != 0) MOE_EP_CUDA_CHECK(launch_low_mask(low_group(), bits, first, stream));
+    if (bits != 0) MOE_EP_CUDA_CHECK(launch_low_mask(low_, bits, first, stream));
   }
   queued(stream);
 }
@@ -210,7 +199,7 @@ std::vector<int> Communicator::low_masked() {
   check();
   const DeviceGuard guard(pool_->device());
   std::vector<std::uint32_t> since(bases_.size());
-  MOE_EP_CUDA_CHECK(cudaMemcpyAsync(since.data(), low_group().masked_since, since.size() * sizeof(since[0]),
+  MOE_EP_CUDA_CHECK(cudaMemcpyAsync(since.data(), low_.masked_since, since.size() * sizeof(since[0]),
                                     cudaMemcpyDeviceToHost, control_));
   MOE_EP_CUDA_CHECK(cudaStreamSynchronize(control_));
   std::vector<int> ranks;

@@ -119,11 +119,12 @@ __device__ inline Wait await_word(const LowGroup& low, const std::uint64_t* at, 
   return await_late_word(low, at, awaited, source, word);
 }
 
-// One thread of each block, once: counts the blocks that have read the sequence number; the last one advances it.
-__device__ inline void begin_operation(const LowGroup& low, std::uint32_t sequence) {
-  if (atomicInc(&low.state->blocks, gridDim.x - 1) == gridDim.x - 1) {
-    store_relaxed_device(&low.state->sequence, sequence);
-  }
+// One thread of each block, once, after a barrier: counts the blocks that have read the sequence number and the handle;
+// the last one, which the answer tells, advances it.
+__device__ inline bool begin_operation(const LowGroup& low, std::uint32_t sequence) {
+  if (atomicInc(&low.state->blocks, gridDim.x - 1) != gridDim.x - 1) return false;
+  store_relaxed_device(&low.state->sequence, sequence);
+  return true;
 }
 
 // Threads of one block: the words before the counts of a post, in shared memory. A barrier comes next.

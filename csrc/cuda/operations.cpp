@@ -13,10 +13,6 @@ namespace {
 
 std::uint32_t bytes32(std::size_t value) { return static_cast<std::uint32_t>(value); }
 
-int chunks_of(std::int64_t row_bytes, std::int64_t chunk_bytes) {
-  return static_cast<int>((row_bytes + chunk_bytes - 1) / chunk_bytes);
-}
-
 }  // namespace
 
 DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
@@ -92,7 +88,7 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
   }
   const std::int64_t row_bytes =
       arguments.source.hidden * static_cast<std::int64_t>(element_bytes(params.source.element));
-  const std::int64_t items = arguments.num_tokens * chunks_of(row_bytes, params.pipeline.chunk_bytes);
+  const std::int64_t items = arguments.num_tokens * divided_up(row_bytes, params.pipeline.chunk_bytes);
   const int blocks = blocks_for(arguments.num_sms, items, params.pipeline.warps);
   for (bool first_try = true;; first_try = false) {
     params.block_offset = room.offset;
@@ -171,7 +167,7 @@ void Communicator::expand(const ExpandArguments& arguments) {
   params.block = arguments.block;
   params.num_rows = routing.num_rows;
   const std::int64_t items =
-      routing.block_rows * chunks_of(static_cast<std::int64_t>(staged.sizes.row), params.pipeline.chunk_bytes);
+      routing.block_rows * divided_up(static_cast<std::int64_t>(staged.sizes.row), params.pipeline.chunk_bytes);
   const int blocks = blocks_for(arguments.num_sms, items, params.pipeline.warps);
   MOE_EP_CUDA_CHECK(launch_expand(params, blocks, arguments.streams.run));
   queued(arguments.streams.run);
@@ -216,7 +212,7 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
     params.out = block + arrays.rows;
     params.values_out = values;
     const std::int64_t items = static_cast<std::int64_t>(shared_rows) *
-                               chunks_of(static_cast<std::int64_t>(row_bytes), params.pipeline.chunk_bytes);
+                               divided_up(static_cast<std::int64_t>(row_bytes), params.pipeline.chunk_bytes);
     MOE_EP_CUDA_CHECK(
         launch_reduce(params, blocks_for(arguments.num_sms, items, params.pipeline.warps), arguments.streams.run));
   } else if (room.bytes >= 0 && shared_rows > 0) {
@@ -261,7 +257,7 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
   params.out = arguments.out;
   params.values_out = arguments.values_out;
   const std::int64_t items =
-      routing.num_tokens * chunks_of(static_cast<std::int64_t>(row_bytes), params.pipeline.chunk_bytes);
+      routing.num_tokens * divided_up(static_cast<std::int64_t>(row_bytes), params.pipeline.chunk_bytes);
   const int blocks = blocks_for(arguments.num_sms, items, params.pipeline.warps);
   MOE_EP_CUDA_CHECK(launch_combine(params, blocks, arguments.streams.run));
   queued(arguments.streams.run);

@@ -13,14 +13,6 @@
 namespace moe_ep {
 namespace gpu {
 
-// Arrays of one rank's block.
-struct Destination {
-  std::uint8_t* rows;
-  float* scales;
-  float* weights;
-  std::int64_t* indices;
-};
-
 __device__ inline Destination destination_of(std::uint8_t* block, const RowSizes& sizes, std::int64_t rows) {
   const ReceiveBlock arrays = sizes.block(rows);
   return Destination{block + arrays.rows, reinterpret_cast<float*>(block + arrays.scales),
@@ -150,13 +142,7 @@ template <class Visit>
 cudaError_t visit_path(const RowSource& source, const Pipeline& pipeline, Visit&& visit) {
   if (!pipeline.use_bulk) return visit(AnyRows{});
   if (!source.quantize) return visit(BulkCopy{});
-  switch (source.element) {
-    case Element::kFloat32: return visit(BulkQuantize<Float32>{});
-    case Element::kBFloat16: return visit(BulkQuantize<BFloat16>{});
-    case Element::kFloat16: return visit(BulkQuantize<Float16>{});
-    case Element::kFloat8: break;
-  }
-  return cudaErrorInvalidValue;
+  return visit_element_on_host(source.element, [&](auto tag) { return visit(BulkQuantize<decltype(tag)>{}); });
 }
 
 struct SendItem {

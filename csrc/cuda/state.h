@@ -171,6 +171,14 @@ struct RowSizes {
   }
 };
 
+// Arrays of one rank's receive block.
+struct Destination {
+  std::uint8_t* rows;
+  float* scales;
+  float* weights;
+  std::int64_t* indices;
+};
+
 // Where rows come from and what becomes of them on the way.
 struct RowSource {
   const std::uint8_t* rows;  // [num_tokens, hidden] of `element`

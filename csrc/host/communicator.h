@@ -17,22 +17,9 @@
 
 namespace moe_ep {
 
-struct DispatchArguments {
-  const void* x;    // [num_tokens, hidden] of `element`
-  Element element;  // kFloat8: quantised already, with `scales`
-  // An empty tensor's address may be null, so what is there is said apart from where it is.
-  bool has_scales;
-  bool has_weights;
-  const float* scales;  // [num_tokens, ceil(hidden / 128)]
-  std::int64_t num_tokens;
-  std::int64_t hidden;
-  const std::int64_t* topk_idx;  // [num_tokens, topk]; null with `routing`
-  std::int64_t topk;
-  const float* weights;  // [num_tokens, topk]
+struct DispatchArguments : TokenArguments {
   RowLayout layout;
-  std::int64_t max_recv_rows;  // -1: exact sizes
-  bool quantize;
-  bool power_of_two;
+  std::int64_t max_recv_rows;              // -1: exact sizes
   std::shared_ptr<const Routing> routing;  // reuse; null: route `topk_idx`
 };
 

@@ -33,8 +33,7 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
   if (!reuses) {
     routes = read_routes(placement_, peers_->num_ranks(), arguments.topk_idx, arguments.num_tokens, topk);
     if (routes.bad_route != 0) {
-      const std::int64_t index = routes.bad_route - 1;
-      throw Error(ErrorKind::kConfig, describe_bad_route(index / topk, index % topk, routes.bad_expert,
+      throw Error(ErrorKind::kConfig, describe_bad_route(routes.bad_route, topk, routes.bad_expert,
                                                          static_cast<std::int64_t>(placement_.rank_of_expert.size())));
     }
   }

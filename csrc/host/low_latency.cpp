@@ -146,8 +146,7 @@ std::optional<Error> LowLatency::refusal(const LowOperation& operation, std::int
   for (int source = 0; source < peers_.num_ranks(); ++source) {
     const std::uint32_t route = exchange_.posted(operation, source, LowWord::kBadRoute);
     if (exchange_.masked(source) || route == 0) continue;
-    const std::int64_t index = static_cast<std::int64_t>(route) - 1;
-    const std::string text = describe_bad_route(index / topk, index % topk, exchange_.bad_expert(operation, source),
+    const std::string text = describe_bad_route(route, topk, exchange_.bad_expert(operation, source),
                                                 static_cast<std::int64_t>(placement_.rank_of_expert.size()));
     return Error(ErrorKind::kConfig, "rank " + std::to_string(source) + ": " + text + where);
   }

@@ -27,19 +27,8 @@ struct LowLatencyOptions {
   bool mask_on_timeout = false;
 };
 
-struct LowDispatchArguments {
-  const void* x;    // [num_tokens, hidden] of `element`
-  Element element;  // kFloat8: quantised already, with `scales`
-  bool has_scales;
-  bool has_weights;
-  const float* scales;  // [num_tokens, ceil(hidden / 128)]
-  std::int64_t num_tokens;
-  std::int64_t hidden;
-  const std::int64_t* topk_idx;  // [num_tokens, topk]
-  std::int64_t topk;
-  const float* weights;  // [num_tokens, topk]; layout rank only
-  bool quantize;
-  bool power_of_two;
+// Weights in layout rank only.
+struct LowDispatchArguments : TokenArguments {
   std::size_t index;  // of the buffers to use
 };
 
@@ -93,6 +82,8 @@ class LowLatency {
   // All of a receive buffer, and of a buffer of rows.
   Block received(std::size_t index) { return buffer(layout_.receive(index), layout_.receive_bytes, index); }
   Block rows(std::size_t index) { return buffer(layout_.rows(index), layout_.rows_bytes, index); }
+  // Where a combine reads without a copy.
+  const void* rows_address(std::size_t index) const { return rows_buffer(peers_.rank(), index); }
   // int32: rows received by each local expert, and in all.
   Block counts(const LowRouting& routing);
   // Whether some block of these is alive.
@@ -128,7 +119,6 @@ class LowLatency {
   void send_metadata(const LowDispatchArguments& arguments, const LowRouting& routing, std::int64_t token,
                      const Entry& entry, std::uint8_t* buffer) const;
 
-  bool reads_in_place(const LowCombineArguments& arguments) const;
   // Copies the rows that carry a token to where peers read them.
   void stage(const LowCombineArguments& arguments);
   void gather(LowCombine& combine, const std::vector<bool>& left_out);

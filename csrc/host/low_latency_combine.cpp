@@ -17,8 +17,7 @@ std::vector<std::int32_t> routes_to_sum(const LowRouting& routing, const std::in
     const std::int64_t id = topk_idx[i];
     if (id == -1) ids[i] = -1;
     if (id == ids[i]) continue;
-    const auto index = static_cast<std::int64_t>(i);
-    throw Error(ErrorKind::kConfig, describe_other_route(index / routing.topk, index % routing.topk, id));
+    throw Error(ErrorKind::kConfig, describe_other_route(static_cast<std::int64_t>(i) + 1, routing.topk, id));
   }
   return ids;
 }
@@ -31,7 +30,7 @@ std::shared_ptr<LowCombine> LowLatency::send_combine(const LowCombineArguments& 
   combine->arguments = arguments;
   // A row of layout rank is for all of the token's experts at its rank.
   combine->expert_ids = by_expert() ? routes_to_sum(routing, arguments.topk_idx) : routing.expert_ids;
-  combine->staged = arguments.quantize || !reads_in_place(arguments);
+  combine->staged = arguments.quantize || arguments.rows != rows_address(routing.operation.index);
   if (combine->staged && !routing.given_up) stage(arguments);
   const Element element = arguments.quantize ? Element::kFloat8 : arguments.element;
   combine->operation = exchange_.publish(Operation::kLowCombine,
@@ -52,10 +51,6 @@ void LowLatency::receive_combine(LowCombine& combine) {
   // The caller may write its rows again, and this rank its copies, once every peer has read them.
   exchange_.signal_read(combine.operation);
   exchange_.await_reads(combine.operation);
-}
-
-bool LowLatency::reads_in_place(const LowCombineArguments& arguments) const {
-  return arguments.rows == rows_buffer(peers_.rank(), arguments.routing->operation.index);
 }
 
 void LowLatency::stage(const LowCombineArguments& arguments) {

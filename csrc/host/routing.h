@@ -31,6 +31,23 @@ struct Counts {
   std::vector<std::int32_t> per_rank;
 };
 
+// What a rank passes to a dispatch of either mode.
+struct TokenArguments {
+  const void* x;    // [num_tokens, hidden] of `element`
+  Element element;  // kFloat8: quantised already, with `scales`
+  // An empty tensor's address may be null, so what is there is said apart from where it is.
+  bool has_scales;
+  bool has_weights;
+  const float* scales;  // [num_tokens, ceil(hidden / 128)]
+  std::int64_t num_tokens;
+  std::int64_t hidden;
+  const std::int64_t* topk_idx;  // [num_tokens, topk]; null where a routing is reused
+  std::int64_t topk;
+  const float* weights;  // [num_tokens, topk]
+  bool quantize;
+  bool power_of_two;
+};
+
 // The tokens that a rank sends, and where each of their rows goes.
 struct SentRows {
   std::int64_t num_tokens = 0;

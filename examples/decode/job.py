@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from pretrain.data import Corpus, held_out_windows
 from pretrain.errors import UsageError
 from pretrain.options import Launch
+from pretrain.setup import join_ranks
 
 from moe_ep_plugin import EpBuffer, EpConfig
 from moe_ep_plugin.config import MAX_LOW_LATENCY_ROUTES
@@ -25,26 +25,6 @@ from .program import Program, Stopwatch
 from .weights import DTYPES, Checkpoint, randomise
 
 EXCHANGE_RUNS = 50
-
-
-def _join(launch: Launch, backend: str) -> torch.device:
-    """Form the process group; returns the device to decode on."""
-    on_gpu = torch.cuda.is_available() and backend != "host"
-    if on_gpu:
-        device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-        # Ranks that each use every core slow each other down.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // launch.num_local_ranks))
-    # NCCL refuses two ranks on one GPU.
-    kind = "cpu:gloo,cuda:nccl" if on_gpu and launch.num_local_ranks <= torch.cuda.device_count() else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(kind)
-    else:
-        dist.init_process_group(kind, store=dist.HashStore(), rank=0, world_size=1)
-    return device
 
 
 class Job:
@@ -79,7 +59,8 @@ class Job:
                 f"--batch {options.batch}: with {self.shape.topk} experts a token, low-latency operations take at most "
                 f"{most} sequences of a rank; lower it"
             )
-        self._device = device = _join(launch, options.backend)
+        on_gpu = torch.cuda.is_available() and options.backend != "host"
+        self._device = device = join_ranks(launch, on_gpu=on_gpu)
         self._buffer = EpBuffer(
             None,
             EpConfig(

@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
 
 from pretrain import saved
 from pretrain.data import VOCAB_SIZE
 from pretrain.errors import UsageError
+from pretrain.options import Parser, count
 
 CHECKPOINTS = Path("runs/pretrain/checkpoints")
 REMEDY = "train one with: make pretrain (or --save DIR there and --load DIR here), or try --random"
 PROMPTS = ("def ", "class ", "import ", "    for ", "    return ", "if __name__", '"""Return ', "    self.")
 # Of a --random model; a checkpoint has its own.
 SIZES = {"layers": 4, "hidden_size": 256, "experts": 16, "topk": 2, "context": 128, "dtype": "fp32"}
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports errors as UsageError, so that they are printed by one rank."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see --help")
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
 
 
 def _temperature(text: str) -> float:
@@ -38,11 +24,11 @@ def _temperature(text: str) -> float:
     return value
 
 
-_count.__name__, _temperature.__name__ = "whole number", "number"
+_temperature.__name__ = "number"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="decode_low_latency.py",
         description="Generate text with a model of pretrain_megatron_moe.py, its experts spread over the ranks.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -56,17 +42,17 @@ def _parser() -> argparse.ArgumentParser:
         if name == "dtype":
             model.add_argument(flag, choices=("fp32", "bf16"), help=f"of a random model; without it, {default}")
         else:
-            model.add_argument(flag, type=_count, help=f"of a random model; without it, {default}")
+            model.add_argument(flag, type=count, help=f"of a random model; without it, {default}")
 
     text = parser.add_argument_group("text")
     text.add_argument(
         "--prompt", action="append", help="what to go on from; several, one after the other, with several --prompt"
     )
-    text.add_argument("--tokens", type=_count, default=200, help="bytes to add to the longest prompt")
-    text.add_argument("--batch", type=_count, default=8, help="sequences of each rank")
+    text.add_argument("--tokens", type=count, default=200, help="bytes to add to the longest prompt")
+    text.add_argument("--batch", type=count, default=8, help="sequences of each rank")
     text.add_argument("--temperature", type=_temperature, default=0.0, help="0: always the likeliest byte")
-    text.add_argument("--top-k", type=_count, help="draw from so many of the likeliest bytes; needs --temperature")
-    text.add_argument("--seed", type=_count, default=1, help="of the draws, and of a random model")
+    text.add_argument("--top-k", type=count, help="draw from so many of the likeliest bytes; needs --temperature")
+    text.add_argument("--seed", type=count, default=1, help="of the draws, and of a random model")
 
     run = parser.add_argument_group("run")
     run.add_argument(
@@ -81,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         "--check", action="store_true", help="compare the loss on the held-out text with what training reported"
     )
     check.add_argument("--data", nargs="+", metavar="PATH", help="the training job's --data")
-    check.add_argument("--eval-windows", type=_count, default=256, help="the training job's --eval-windows")
+    check.add_argument("--eval-windows", type=count, default=256, help="the training job's --eval-windows")
     return parser
 
 

@@ -42,7 +42,7 @@ def fail(message: str, rank: int) -> NoReturn:
     sys.exit(2)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Reports errors as UsageError, so that they are printed by one rank."""
 
     def error(self, message: str) -> NoReturn:
@@ -56,7 +56,8 @@ def _at_least(low: int, text: str) -> int:
     return value
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A number of things, as argparse's type."""
     return _at_least(1, text)
 
 
@@ -64,11 +65,11 @@ def _count_or_zero(text: str) -> int:
     return _at_least(0, text)
 
 
-_count.__name__ = _count_or_zero.__name__ = "whole number"
+count.__name__ = _count_or_zero.__name__ = "whole number"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="pretrain_megatron_moe.py",
         description="Train a byte-level GPT with Mixture-of-Experts layers on Megatron-Core.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -82,23 +83,23 @@ def _parser() -> argparse.ArgumentParser:
         help="text files, or directories of them (held in memory by every rank); "
         "without it, the Python standard library's sources",
     )
-    data.add_argument("--seq-length", type=_count, default=128, help="bytes in a training window")
-    data.add_argument("--micro-batch-size", type=_count, default=8, help="windows per rank and step")
+    data.add_argument("--seq-length", type=count, default=128, help="bytes in a training window")
+    data.add_argument("--micro-batch-size", type=count, default=8, help="windows per rank and step")
     data.add_argument("--seed", type=_count_or_zero, default=1, help="decides the initial weights and the data order")
 
     model = parser.add_argument_group("model")
-    model.add_argument("--layers", type=_count, default=3, help="transformer layers, each with experts")
-    model.add_argument("--hidden-size", type=_count, default=128, help="a multiple of 32, the size of a head")
-    model.add_argument("--experts", type=_count, default=8, help="experts in a layer")
-    model.add_argument("--topk", type=_count, default=2, help="experts that a token is sent to")
+    model.add_argument("--layers", type=count, default=3, help="transformer layers, each with experts")
+    model.add_argument("--hidden-size", type=count, default=128, help="a multiple of 32, the size of a head")
+    model.add_argument("--experts", type=count, default=8, help="experts in a layer")
+    model.add_argument("--topk", type=count, default=2, help="experts that a token is sent to")
     model.add_argument("--shared-expert", action="store_true", help="add an expert that every token goes to")
     model.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and activations")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=_count, default=300, help="optimizer steps")
+    training.add_argument("--steps", type=count, default=300, help="optimizer steps")
     training.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
-    training.add_argument("--eval-interval", type=_count, default=50, help="steps between validations")
-    training.add_argument("--eval-windows", type=_count, default=256, help="held-out windows, the same every time")
+    training.add_argument("--eval-interval", type=count, default=50, help="steps between validations")
+    training.add_argument("--eval-windows", type=count, default=256, help="held-out windows, the same every time")
 
     parallel = parser.add_argument_group("expert parallelism")
     parallel.add_argument(
@@ -110,12 +111,12 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="what moves the rows under deepep",
     )
-    parallel.add_argument("--expert-parallel", type=_count, help="ranks that share one set of experts; default: all")
+    parallel.add_argument("--expert-parallel", type=count, help="ranks that share one set of experts; default: all")
 
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="metrics.jsonl and loss.png go here")
     output.add_argument("--save", type=Path, help="directory of checkpoints; default: OUT/checkpoints, if interrupted")
-    output.add_argument("--save-interval", type=_count, help="steps between checkpoints; default: only at the end")
+    output.add_argument("--save-interval", type=count, help="steps between checkpoints; default: only at the end")
     output.add_argument("--load", type=Path, help="directory of checkpoints to go on from, as if never stopped")
     return parser
 

@@ -12,9 +12,8 @@ import torch.distributed as dist
 from .options import Launch
 
 
-def join(launch: Launch, options: argparse.Namespace) -> torch.device:
-    """Prepare this process and form the process groups; returns the device to train on."""
-    on_gpu = torch.cuda.is_available()
+def join_ranks(launch: Launch, *, on_gpu: bool) -> torch.device:
+    """Form the default process group; returns this rank's device."""
     if on_gpu:
         device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -22,14 +21,22 @@ def join(launch: Launch, options: argparse.Namespace) -> torch.device:
         device = torch.device("cpu")
         # Ranks that each use every core slow each other down; a container may be allowed fewer than there are.
         torch.set_num_threads(max(1, num_cores() // launch.num_local_ranks))
-        # Megatron-Core passes functions to torch.compile, which takes minutes and a C++ compiler on a CPU.
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # NCCL refuses two ranks on one GPU.
     kind = "cpu:gloo,cuda:nccl" if on_gpu and launch.num_local_ranks <= torch.cuda.device_count() else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(kind)
     else:
         dist.init_process_group(kind, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def join(launch: Launch, options: argparse.Namespace) -> torch.device:
+    """Prepare this process and form the process groups; returns the device to train on."""
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        # Megatron-Core passes functions to torch.compile, which takes minutes and a C++ compiler on a CPU.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    device = join_ranks(launch, on_gpu=on_gpu)
 
     # Both packages warn about options that are not used here.
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.")

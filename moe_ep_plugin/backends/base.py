@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ..handle import LowLatencyHandle
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..config import EpConfig
-    from ..handle import DispatchHandle, LowLatencyHandle
+    from ..handle import DispatchHandle
     from ..routing import ExpertPlacement
     from ..types import (
         CombineOutput,
@@ -172,6 +175,38 @@ class BackendContext:
     placement: ExpertPlacement
     buffer_id: int
     stats: BufferStats = field(default_factory=BufferStats)
+
+    @cached_property
+    def num_local_experts(self) -> int:
+        """Experts on this rank."""
+        return len(self.placement.experts_of_rank[self.rank])
+
+    @cached_property
+    def low_latency_slots(self) -> tuple[int, ...]:
+        """Leading dimensions of low-latency rows: (num_local_experts, capacity) or, in layout ``"rank"``, (capacity,).
+
+        The capacity is 0 where the buffer has no low-latency mode.
+        """
+        capacity = self.num_ranks * (self.config.low_latency_tokens_per_rank or 0)
+        return (self.num_local_experts, capacity) if self.config.low_latency_layout == "expert" else (capacity,)
+
+    def aligned(self, counts: torch.Tensor) -> torch.Tensor:
+        """Rows of each local expert in layout ``"expert"``, padding included."""
+        alignment = self.config.expert_alignment
+        return (counts + alignment - 1) // alignment * alignment
+
+    def low_latency_handle(self, request: LowLatencyDispatchRequest, state: Any) -> LowLatencyHandle:
+        """The handle of a dispatch, with the backend's own ``state``."""
+        num_tokens, num_topk = request.topk_idx.shape
+        return LowLatencyHandle(
+            layout=self.config.low_latency_layout,
+            num_tokens=num_tokens,
+            num_topk=num_topk,
+            capacity=self.low_latency_slots[-1],
+            sequence=request.sequence,
+            buffer_id=self.buffer_id,
+            state=state,
+        )
 
 
 class Backend(ABC):

@@ -14,12 +14,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ..errors import CapacityError, ConfigError, PeerMismatch, PeerTimeout
+from ..errors import CapacityError, PeerMismatch, PeerTimeout
 from ..handle import DispatchHandle
 from ..types import CombineOutput, DispatchOutput, DoneEvent, Event, Layout
 from ..wire import quantize_blocks
 from .base import BackendContext, CombineRequest, DispatchRequest
-from .collective_low_latency import ELEMENTS, CollectiveLowLatency, Header
+from .collective_low_latency import ELEMENTS, CollectiveLowLatency, Header, bad_route_error, first_bad_route
 
 
 @dataclass(frozen=True)
@@ -137,15 +137,9 @@ class CollectiveBackend(CollectiveLowLatency):
         idx = request.topk_idx
         assert idx is not None
         num_experts = self._c.config.num_experts
-        bad = ((idx < -1) | (idx >= num_experts)).nonzero()
-        if len(bad):
-            token, position = bad[0].tolist()
-            raise ConfigError.of(
-                f"topk_idx[{token}, {position}]",
-                int(idx[token, position]),
-                f"expert ids run from 0 to {num_experts - 1} (-1: none)",
-                "fix the router or num_experts",
-            )
+        route, bad_expert = first_bad_route(idx, num_experts)
+        if route:
+            raise bad_route_error(route, bad_expert, idx.shape[1], num_experts)
         token, position = (idx >= 0).nonzero(as_tuple=True)
         expert = idx[token, position]
         rank = self._rank_on(idx.device)[expert]
@@ -187,10 +181,7 @@ class CollectiveBackend(CollectiveLowLatency):
         return replace(partial, row_of_recv=row_of_recv, recv_topk_idx=recv_idx), counts
 
     def _aligned(self, counts: torch.Tensor, layout: Layout) -> torch.Tensor:
-        if layout == "rank":
-            return counts.clone()
-        alignment = self._c.config.expert_alignment
-        return (counts + alignment - 1) // alignment * alignment
+        return counts.clone() if layout == "rank" else self._c.aligned(counts)
 
     def _local_counts(self, counts: torch.Tensor, rank: int) -> torch.Tensor:
         """Rows per local expert of ``rank``, from the [num_ranks, num_experts] counts of all sources."""

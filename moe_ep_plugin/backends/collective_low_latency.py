@@ -62,10 +62,7 @@ class CollectiveLowLatency(Backend):
 
     def __init__(self, context: BackendContext) -> None:
         self._c = context
-        config = context.config
-        self._capacity = context.num_ranks * (config.low_latency_tokens_per_rank or 0)
-        self._num_local = len(context.placement.experts_of_rank[context.rank])
-        if config.mask_on_timeout:
+        if context.config.mask_on_timeout:
             self._refuse_masks("mask_on_timeout", True)
 
     @abstractmethod
@@ -94,8 +91,7 @@ class CollectiveLowLatency(Backend):
 
     def low_latency_dispatch(self, request: LowLatencyDispatchRequest) -> Callable[[], LowLatencyDispatchOutput]:
         """See :class:`Backend`."""
-        config, (num_tokens, num_topk) = self._c.config, request.topk_idx.shape
-        layout, capacity = config.low_latency_layout, self._capacity
+        layout, capacity = self._c.config.low_latency_layout, self._c.low_latency_slots[-1]
         self._check_routes(request)
         out = self.dispatch(
             DispatchRequest(
@@ -113,7 +109,7 @@ class CollectiveLowLatency(Backend):
 
         def spread(dense: torch.Tensor, empty: float = 0, *, by_column: bool = False) -> torch.Tensor:
             """The rows of ``dense`` in their slots, [groups, capacity, ...] or [capacity, ...]."""
-            groups = self._num_local if layout == "expert" else 1
+            groups = self._c.num_local_experts if layout == "expert" else 1
             shape = (groups, dense.shape[1], capacity) if by_column else (groups, capacity, dense.shape[1])
             spread = torch.full(shape, empty, dtype=torch.float32, device=dense.device).to(dense.dtype)
             spread = spread.transpose(1, 2) if by_column else spread
@@ -132,15 +128,7 @@ class CollectiveLowLatency(Backend):
             num_received=torch.tensor([num_received], dtype=torch.int32, device=device),
             topk_idx=None if out.topk_idx is None else spread(out.topk_idx, -1),
             topk_weights=None if out.topk_weights is None else spread(out.topk_weights),
-            handle=LowLatencyHandle(
-                layout=layout,
-                num_tokens=num_tokens,
-                num_topk=num_topk,
-                capacity=capacity,
-                sequence=request.sequence,
-                buffer_id=self._c.buffer_id,
-                state=slots,
-            ),
+            handle=self._c.low_latency_handle(request, slots),
         )
         return self._done(result)
 
@@ -173,8 +161,7 @@ class CollectiveLowLatency(Backend):
 
     def low_latency_rows(self, handle: LowLatencyHandle, dtype: torch.dtype) -> torch.Tensor:
         """Ordinary memory: this backend always copies."""
-        groups = (self._num_local,) if handle.layout == "expert" else ()
-        shape = (*groups, handle.capacity, self._c.config.hidden)
+        shape = (*self._c.low_latency_slots, self._c.config.hidden)
         return torch.empty(shape, dtype=dtype, device=self._c.config.device_type)
 
     def reads_in_place(self, rows: torch.Tensor, handle: LowLatencyHandle) -> bool:
@@ -205,25 +192,19 @@ class CollectiveLowLatency(Backend):
         """Raise, on all ranks alike, what is wrong with the routing of one."""
         idx, num_experts = request.topk_idx, self._c.config.num_experts
         num_topk = idx.shape[1]
-        bad = ((idx < -1) | (idx >= num_experts)).flatten().nonzero().flatten()[:1].tolist()
-        first_bad = (1 + bad[0], int(idx.flatten()[bad[0]])) if bad else (0, 0)
         per_expert = torch.bincount(idx[(idx >= 0) & (idx < num_experts)], minlength=num_experts).cpu()
         has_weights = request.topk_weights is not None
         header = self._header(2, request.x, num_topk, request.wire == "fp8", has_weights, 0)
-        told, counts = self._agree(header, first_bad, per_expert)
-        for rank, (index, expert) in enumerate(told):
-            if index:
-                raise ConfigError.of(
-                    f"rank {rank}: topk_idx[{(index - 1) // num_topk}, {(index - 1) % num_topk}]",
-                    expert,
-                    f"expert ids run from 0 to {num_experts - 1} (-1: none)",
-                    "fix the router or num_experts",
-                )
+        told, counts = self._agree(header, first_bad_route(idx, num_experts), per_expert)
+        for rank, (route, expert) in enumerate(told):
+            if route:
+                raise bad_route_error(route, expert, num_topk, num_experts, f"rank {rank}: ")
+        capacity = self._c.low_latency_slots[-1]
         for rank in range(self._c.num_ranks) if self._c.config.low_latency_layout == "expert" else ():
             need = max(self._local_counts(counts, rank).tolist(), default=0)
-            if need > self._capacity:
+            if need > capacity:
                 raise CapacityError(
-                    f"an expert of rank {rank} would receive {need} rows, but it has slots for {self._capacity} "
+                    f"an expert of rank {rank} would receive {need} rows, but it has slots for {capacity} "
                     "(one a token of every rank); send a token to an expert once only"
                 )
 
@@ -246,11 +227,10 @@ class CollectiveLowLatency(Backend):
         if dense.layout == "rank":
             return _Slots(dense, row_of_recv)
         counts = dense.tokens_per_expert
-        alignment = self._c.config.expert_alignment
-        aligned = (counts + alignment - 1) // alignment * alignment
+        aligned = self._c.aligned(counts)
         expert = torch.arange(len(counts)).repeat_interleave(aligned)
         place = torch.arange(len(expert)) - (aligned.cumsum(0) - aligned)[expert]
-        slot = expert * self._capacity + place  # Of a padding row it may be anywhere: none is received.
+        slot = expert * self._c.low_latency_slots[-1] + place  # Of a padding row it may be anywhere: none is received.
         return _Slots(dense, slot.to(row_of_recv.device)[row_of_recv])
 
     def _done(self, result: Output) -> Callable[[], Output]:
@@ -261,6 +241,24 @@ class CollectiveLowLatency(Backend):
             return result
 
         return wait
+
+
+def first_bad_route(idx: torch.Tensor, num_experts: int) -> tuple[int, int]:
+    """The first id out of range: 1 + its flat index in ``idx`` (0: there is none), and the id."""
+    flat = idx.flatten()
+    bad = ((flat < -1) | (flat >= num_experts)).nonzero()[:1].flatten().tolist()
+    return (1 + bad[0], int(flat[bad[0]])) if bad else (0, 0)
+
+
+def bad_route_error(route: int, expert: int, num_topk: int, num_experts: int, whose: str = "") -> ConfigError:
+    """What to raise for a result of :func:`first_bad_route`."""
+    token, position = divmod(route - 1, num_topk)
+    return ConfigError.of(
+        f"{whose}topk_idx[{token}, {position}]",
+        expert,
+        f"expert ids run from 0 to {num_experts - 1} (-1: none)",
+        "fix the router or num_experts",
+    )
 
 
 def _check_same_routes(idx: torch.Tensor, dispatched: torch.Tensor) -> None:

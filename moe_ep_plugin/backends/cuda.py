@@ -282,11 +282,7 @@ class CudaBackend(CudaLowLatency, HeapBackend):
         self, request: DispatchRequest | CombineRequest, copied: bool, inputs: tuple[torch.Tensor | None, ...]
     ) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
         """The stream that the operation runs on, ordered after what it needs, and the one that its results are for."""
-        for tensor in inputs:
-            if tensor is not None and tensor.device != self._device:
-                raise ConfigError.of(
-                    "a tensor's device", tensor.device, f"the buffer's heap is on {self._device}", "move the tensor"
-                )
+        self._check_devices(*inputs)
         home = self._current_stream()
         run = self._comm_stream if request.async_op else home
         if request.previous_event is not None:
@@ -422,10 +418,10 @@ class CudaBackend(CudaLowLatency, HeapBackend):
             return self._device_tokens(handle.state, 1)
         if handle.layout == "rank" or self._c.config.expert_alignment == 1:
             return from_bytes(handle.state.routing.tokens_per_local_expert)
-        return self._aligned_counts(handle.tokens_per_expert)
+        return self._c.aligned(handle.tokens_per_expert)
 
     def _device_tokens(self, state: _State, which: int) -> torch.Tensor:
         """The first arrays of a routing's memory: rows received of each local expert (0), and rows returned (1)."""
-        size = 8 * self._num_local_experts
+        size = 8 * self._c.num_local_experts
         first = self._module.routing_header_bytes + which * size
         return state.memory[first : first + size].view(torch.int64)

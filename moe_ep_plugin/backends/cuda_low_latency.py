@@ -46,7 +46,7 @@ class CudaLowLatency(_Base):
 
     def low_latency_dispatch(self, request: LowLatencyDispatchRequest) -> Callable[[], LowLatencyDispatchOutput]:
         """See :class:`Backend`."""
-        communicator, config = self._connected(), self._c.config
+        communicator = self._connected()
         x, _ = aligned(request.x)
         self._check_devices(x, request.scale, request.topk_idx, request.topk_weights)
         num_tokens, num_topk = request.topk_idx.shape
@@ -61,12 +61,12 @@ class CudaLowLatency(_Base):
             element=ELEMENT_CODES[x.dtype],
             scales=address_of(request.scale),
             num_tokens=num_tokens,
-            hidden=config.hidden,
+            hidden=self._c.config.hidden,
             topk_idx=request.topk_idx.data_ptr(),
             topk=num_topk,
             weights=address_of(request.topk_weights),
             quantize=quantize,
-            power_of_two=config.power_of_two_scales,
+            power_of_two=self._c.config.power_of_two_scales,
             routing_memory=memory.data_ptr(),
             index=index,
             receives=not request.async_op,
@@ -74,15 +74,7 @@ class CudaLowLatency(_Base):
             stream=sent_on.cuda_stream,
         )
         event = None if request.async_op else GpuEvent(sent_on, at_once=False)
-        handle = LowLatencyHandle(
-            layout=config.low_latency_layout,
-            num_tokens=num_tokens,
-            num_topk=num_topk,
-            capacity=self._c.num_ranks * (config.low_latency_tokens_per_rank or 0),
-            sequence=request.sequence,
-            buffer_id=self._c.buffer_id,
-            state=_Routing(memory, sent_on),
-        )
+        handle = self._c.low_latency_handle(request, _Routing(memory, sent_on))
         dtype = FP8_DTYPE if request.wire == "fp8" else x.dtype
         has_weights = request.topk_weights is not None
 
@@ -163,7 +155,8 @@ class CudaLowLatency(_Base):
     def low_latency_rows(self, handle: LowLatencyHandle, dtype: torch.dtype) -> torch.Tensor:
         """See :class:`Backend`."""
         block = self._low_block(handle, 0, 0, 0, self._current_stream())
-        return array(block, block.rows, dtype, self._slots_shape(handle, self._c.config.hidden))
+        shape: Any = (*self._c.low_latency_slots, self._c.config.hidden)
+        return array(block, block.rows, dtype, shape)
 
     def reads_in_place(self, rows: torch.Tensor, handle: LowLatencyHandle) -> bool:
         """See :class:`Backend`."""
@@ -202,10 +195,6 @@ class CudaLowLatency(_Base):
                     tensor.record_stream(stream)
         return stream
 
-    def _slots_shape(self, handle: LowLatencyHandle, *columns: int) -> Any:
-        groups = (self._num_local_experts,) if handle.layout == "expert" else ()
-        return (*groups, handle.capacity, *columns)
-
     def _low_block(
         self, handle: LowLatencyHandle, row_bytes: int, scale_bytes: int, weight_bytes: int, stream: torch.cuda.Stream
     ) -> Any:
@@ -221,29 +210,21 @@ class CudaLowLatency(_Base):
     def _received_slots(
         self, handle: LowLatencyHandle, dtype: torch.dtype, has_weights: bool, stream: torch.cuda.Stream
     ) -> LowLatencyDispatchOutput:
-        hidden, blocks = self._c.config.hidden, num_scales(self._c.config.hidden)
-        has_scale = dtype == FP8_DTYPE
-        weight_bytes = 4 * handle.num_topk if has_weights else 0
-        block = self._low_block(handle, hidden * dtype.itemsize, 4 * blocks if has_scale else 0, weight_bytes, stream)
-        rows_at, scales_at, weights_at, indices_at, _ = block.offsets
-        groups = (self._num_local_experts,) if handle.layout == "expert" else ()
-        scale = None
-        if has_scale:
-            scale = array(block, scales_at, torch.float32, (*groups, blocks, handle.capacity)).transpose(-1, -2)
-        routes = (handle.capacity, handle.num_topk)
-        by_rank = handle.layout == "rank"
-        memory: torch.Tensor = handle.state.memory
-        counts = memory[_COUNTS_AT : _COUNTS_AT + 4 * self._num_local_experts]
-        return LowLatencyDispatchOutput(
-            x=array(block, rows_at, dtype, (*groups, handle.capacity, hidden)),
-            scale=scale,
-            tokens_per_expert=counts.view(torch.int32),
-            num_received=memory[_RECEIVED_AT:_COUNTS_AT].view(torch.int32),
-            topk_idx=array(block, indices_at, torch.int64, routes) if by_rank else None,
-            topk_weights=array(block, weights_at, torch.float32, routes) if has_weights else None,
-            handle=handle,
+        hidden = self._c.config.hidden
+        block = self._low_block(
+            handle,
+            row_bytes=hidden * dtype.itemsize,
+            scale_bytes=4 * num_scales(hidden) if dtype == FP8_DTYPE else 0,
+            weight_bytes=4 * handle.num_topk if has_weights else 0,
+            stream=stream,
         )
-
-    @property
-    def _num_local_experts(self) -> int:
-        return len(self._c.placement.experts_of_rank[self._c.rank])
+        memory: torch.Tensor = handle.state.memory
+        counts = memory[_COUNTS_AT : _COUNTS_AT + 4 * self._c.num_local_experts]
+        return self._low_latency_output(
+            handle,
+            dtype,
+            has_weights,
+            counts=(counts.view(torch.int32), memory[_RECEIVED_AT:_COUNTS_AT].view(torch.int32)),
+            offsets=block.offsets[:4],
+            array=lambda offset, dtype, shape: array(block, offset, dtype, shape),
+        )

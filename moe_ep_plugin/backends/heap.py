@@ -12,7 +12,9 @@ import torch
 
 from ..bootstrap import exchange
 from ..errors import BackendUnavailable, ConfigError, StateError
-from ..wire import FP8_DTYPE
+from ..handle import LowLatencyHandle
+from ..types import LowLatencyDispatchOutput
+from ..wire import FP8_DTYPE, num_scales
 from .base import Backend, BackendContext
 from .select import agree, reasons_of, refuse
 
@@ -112,10 +114,41 @@ class HeapBackend(Backend):
         if self._c.rank in ranks:
             raise ConfigError.of("a rank", self._c.rank, "it is this one", "mask others; to leave, close the buffer")
 
-    def _aligned_counts(self, counts: torch.Tensor) -> torch.Tensor:
-        """Rows of each local expert in layout ``"expert"``, padding included."""
-        alignment = self._c.config.expert_alignment
-        return (counts + alignment - 1) // alignment * alignment
+    def _low_latency_output(
+        self,
+        handle: LowLatencyHandle,
+        dtype: torch.dtype,
+        has_weights: bool,
+        counts: tuple[torch.Tensor, torch.Tensor],
+        offsets: tuple[int, int, int, int],
+        array: Callable[[int, torch.dtype, Any], torch.Tensor],
+    ) -> LowLatencyDispatchOutput:
+        """Tensors over the slots of a dispatch.
+
+        Args:
+            handle: The dispatch's.
+            dtype: Of the rows as they crossed.
+            has_weights: Whether weights came with them.
+            counts: int32 rows received of each local expert, and in all.
+            offsets: Of rows, scales, weights and ids in the block of slots.
+            array: ``array(offset, dtype, shape)`` is a tensor over part of that block.
+        """
+        slots, hidden = self._c.low_latency_slots, self._c.config.hidden
+        rows_at, scales_at, weights_at, indices_at = offsets
+        scale = None
+        if dtype == FP8_DTYPE:
+            # Stored [..., blocks, capacity].
+            scale = array(scales_at, torch.float32, (*slots[:-1], num_scales(hidden), slots[-1])).transpose(-1, -2)
+        routes = (handle.capacity, handle.num_topk)
+        return LowLatencyDispatchOutput(
+            x=array(rows_at, dtype, (*slots, hidden)),
+            scale=scale,
+            tokens_per_expert=counts[0],
+            num_received=counts[1],
+            topk_idx=array(indices_at, torch.int64, routes) if handle.layout == "rank" else None,
+            topk_weights=array(weights_at, torch.float32, routes) if has_weights else None,
+            handle=handle,
+        )
 
     def _note_copy_out(self) -> None:
         self._c.stats.copied_out += 1

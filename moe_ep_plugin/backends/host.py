@@ -182,19 +182,25 @@ class HostBackend(HeapBackend):
             index=request.sequence % 2,
         )
         self._c.stats.bytes_to_peers += routing.bytes_to_peers
-        dtype = FP8_DTYPE if quantize or request.scale is not None else x.dtype
-        has_weights = request.topk_weights is not None
-        num_tokens, num_topk = request.topk_idx.shape
-        handle = LowLatencyHandle(
-            layout=config.low_latency_layout,
-            num_tokens=num_tokens,
-            num_topk=num_topk,
-            capacity=self._low_latency_shape()[-2],
-            sequence=request.sequence,
-            buffer_id=self._c.buffer_id,
-            state=routing,
-        )
-        return partial(self._low_latency_receive, handle, dtype, has_weights)
+        dtype = FP8_DTYPE if request.wire == "fp8" else x.dtype
+        handle, has_weights = self._c.low_latency_handle(request, routing), request.topk_weights is not None
+
+        def receive() -> LowLatencyDispatchOutput:
+            block, counts = self._connected().receive_low_latency_dispatch(routing)
+            num_local_experts = self._c.num_local_experts
+            return self._low_latency_output(
+                handle,
+                dtype,
+                has_weights,
+                counts=(
+                    _tensor(counts, 0, torch.int32, (num_local_experts,)),
+                    _tensor(counts, 4 * num_local_experts, torch.int32, (1,)),
+                ),
+                offsets=(0, routing.scales_offset, routing.weights_offset, routing.indices_offset),
+                array=lambda offset, dtype, shape: _tensor(block, offset, dtype, shape),
+            )
+
+        return receive
 
     def low_latency_combine(self, request: LowLatencyCombineRequest) -> Callable[[], LowLatencyCombineOutput]:
         """See :class:`Backend`."""
@@ -219,11 +225,12 @@ class HostBackend(HeapBackend):
 
     def low_latency_rows(self, handle: LowLatencyHandle, dtype: torch.dtype) -> torch.Tensor:
         """See :class:`Backend`."""
-        return _tensor(self._connected().low_latency_rows(handle.index), 0, dtype, self._low_latency_shape())
+        shape = (*self._c.low_latency_slots, self._c.config.hidden)
+        return _tensor(self._connected().low_latency_rows(handle.index), 0, dtype, shape)
 
     def reads_in_place(self, rows: torch.Tensor, handle: LowLatencyHandle) -> bool:
         """See :class:`Backend`."""
-        return rows.data_ptr() == self.low_latency_rows(handle, rows.dtype).data_ptr()
+        return rows.numel() == 0 or bool(rows.data_ptr() == self._connected().low_latency_rows_address(handle.index))
 
     def low_latency_held(self, index: int) -> bool:
         """See :class:`Backend`."""
@@ -242,43 +249,17 @@ class HostBackend(HeapBackend):
     def check(self) -> None:
         """Nothing is under way between calls."""
 
-    def _low_latency_shape(self) -> tuple[int, ...]:
-        """Of the rows in a buffer of low-latency mode."""
-        config = self._c.config
-        capacity = self._c.num_ranks * (config.low_latency_tokens_per_rank or 0)
-        local = (len(self._c.placement.experts_of_rank[self._c.rank]),)
-        return (*(local if config.low_latency_layout == "expert" else ()), capacity, config.hidden)
-
-    def _low_latency_receive(
-        self, handle: LowLatencyHandle, dtype: torch.dtype, has_weights: bool
-    ) -> LowLatencyDispatchOutput:
-        routing = handle.state
-        block, counts = self._connected().receive_low_latency_dispatch(routing)
-        shape = self._low_latency_shape()
-        blocks, scale = num_scales(self._c.config.hidden), None
-        num_local_experts = len(self._c.placement.experts_of_rank[self._c.rank])
-        if dtype == FP8_DTYPE:
-            # Stored [..., blocks, capacity].
-            stored = (*shape[:-2], blocks, handle.capacity)
-            scale = _tensor(block, routing.scales_offset, torch.float32, stored).transpose(-1, -2)
-        topk_idx = topk_weights = None
-        if handle.layout == "rank":
-            routes = (handle.capacity, handle.num_topk)
-            topk_idx = _tensor(block, routing.indices_offset, torch.int64, routes)
-            topk_weights = _tensor(block, routing.weights_offset, torch.float32, routes) if has_weights else None
-        return LowLatencyDispatchOutput(
-            x=_tensor(block, 0, dtype, shape),
-            scale=scale,
-            tokens_per_expert=_tensor(counts, 0, torch.int32, (num_local_experts,)),
-            num_received=_tensor(counts, 4 * num_local_experts, torch.int32, (1,)),
-            topk_idx=topk_idx,
-            topk_weights=topk_weights,
-            handle=handle,
-        )
-
     def _leased(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         block = self._connected().lease(max(1, math.prod(shape) * dtype.itemsize))
         return torch.empty(shape, dtype=dtype) if block is None else _tensor(block, 0, dtype, shape)
+
+    def _low_latency_gather(
+        self, request: LowLatencyCombineRequest, combine: Any, output: LowLatencyCombineOutput
+    ) -> LowLatencyCombineOutput:
+        # The request keeps what is read here: rows in place, and weights.
+        self._connected().receive_low_latency_combine(combine)
+        self._c.stats.bytes_to_peers += combine.bytes_to_peers
+        return output
 
     def _make_handle(self, request: DispatchRequest, routing: Any, num_topk: int) -> DispatchHandle:
         return DispatchHandle(
@@ -296,15 +277,7 @@ class HostBackend(HeapBackend):
     def _tokens_per_expert(self, handle: DispatchHandle) -> torch.Tensor:
         if handle.layout == "rank":
             return handle.tokens_per_expert.clone()
-        return self._aligned_counts(handle.tokens_per_expert)
-
-    def _low_latency_gather(
-        self, request: LowLatencyCombineRequest, combine: Any, output: LowLatencyCombineOutput
-    ) -> LowLatencyCombineOutput:
-        # The request keeps what is read here: rows in place, and weights.
-        self._connected().receive_low_latency_combine(combine)
-        self._c.stats.bytes_to_peers += combine.bytes_to_peers
-        return output
+        return self._c.aligned(handle.tokens_per_expert)
 
 
 def _tensor(block: Any, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from moe_ep_plugin import EpBuffer
 
 from ..cases import Place
-from ..checks import same
+from ..checks import run_random, same
 from ..conftest import why_unavailable
 from ..low_latency_cases import ORDERS, LowLatencyCase, LowLatencyInputs, low_latency_cases
-from ..low_latency_checks import Step, ordinary_round_trip, run_case, run_inputs, run_random, run_steps
+from ..low_latency_checks import Step, ordinary_round_trip, run_case, run_inputs, run_steps
 
 ROUTINGS_PER_CASE = 8
 CASES_PER_RANK_COUNT = {1: 30, 2: 30, 3: 28, 4: 28, 5: 22, 6: 22}
@@ -33,7 +33,7 @@ def test_random_routings(ranks, backend, num_ranks):
     if backend == "collective" and not why_unavailable("host"):
         num_cases //= COLLECTIVE_SHARE
     drawn = low_latency_cases(num_ranks)
-    compared = run_random(ranks(num_ranks), drawn, num_cases, (Place(backend),), ROUTINGS_PER_CASE)
+    compared = run_random(ranks(num_ranks), drawn, num_cases, (Place(backend),), ROUTINGS_PER_CASE, run=run_case)
     assert compared >= ROUTINGS_PER_CASE * num_cases
 
 
@@ -129,6 +129,42 @@ def sums_of_integers(case: LowLatencyCase, place: Place) -> int:
 def test_integers_are_exact(ranks, backend, layout, dtype):
     case = replace(DENSE, layout=layout, dtype=dtype, heap_dtype=dtype, numbers="integer", num_ranks=3, num_topk=2)
     assert ranks(3).run(sums_of_integers, case, Place(backend)) == [6] * 3
+
+
+def reads_dropped_inputs(case: LowLatencyCase, place: Place) -> int:
+    """Between two halves a caller drops its tensors, and their memory is used for something else."""
+    me, device, steps = dist.get_rank(), torch.device(place.device), 0
+
+    def litter(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.full_like(t, -1) for t in tensors for _ in range(8)]
+
+    with EpBuffer(None, case.config(place)) as buffer:
+        for seed in range(6):
+            inputs = LowLatencyInputs(case, seed, me)
+            given = [inputs.x[me], torch.from_numpy(inputs.routing.topk_idx[me]), inputs.weights[me]]
+            x, idx, weights = (t.to(device, copy=True) for t in given)
+            sent = buffer.low_latency_dispatch(x, idx, async_op=True)
+            del x, idx
+            littered = litter(*given)
+            out = sent.wait()
+            rows, idx = out.x * 2, given[1].to(device, copy=True)
+            in_place = seed % 2 == 0
+            if in_place:
+                rows = buffer.empty_rows(out.handle).copy_(rows)
+            back = buffer.low_latency_combine(rows, idx, weights, out.handle, async_op=True)
+            del rows, idx, weights
+            littered += litter(*given, out.x)
+            factor = torch.where(given[1] >= 0, given[2], 0.0).sum(1)
+            assert torch.equal(back.wait().x.cpu().float(), 2 * given[0].float() * factor[:, None]), seed
+            steps += 1
+            del sent, out, back, littered
+    return steps
+
+
+def test_inputs_may_be_dropped_between_the_halves(ranks, backend):
+    case = replace(DENSE, dtype=torch.float32, heap_dtype=torch.float32, rows_dtype=torch.float32)
+    case = replace(case, numbers="integer", num_ranks=3, num_topk=2)
+    assert ranks(3).run(reads_dropped_inputs, case, Place(backend)) == [6] * 3
 
 
 def tokens_come_back(place: Place) -> int:

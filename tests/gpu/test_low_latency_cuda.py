@@ -19,8 +19,9 @@ from moe_ep_plugin import ConfigError, EpBuffer, LowLatencyDispatchOutput, State
 from .. import test_low_latency_misuse as misuse
 from ..backends import test_low_latency as exactness
 from ..cases import Place, bits
+from ..checks import run_random
 from ..low_latency_cases import independent_cases
-from ..low_latency_checks import run_random
+from ..low_latency_checks import run_case
 from .helpers import DEVICE, ON_GPU, PLACE, TWIN, Mistakes, finish, kernel_tests, needs_cuda, ranks_on_this_gpu
 from .test_memory_cuda import MIB, free_bytes
 
@@ -37,7 +38,13 @@ T = misuse.T
 def compare(ranks, num_ranks: int, num_cases: int, places: tuple[Place, ...]) -> None:
     # A failure restarts every rank, so none is looked for that is smaller than the first.
     compared = run_random(
-        ranks(num_ranks), independent_cases(num_ranks), num_cases, places, ROUTINGS_PER_CASE, phases=[Phase.generate]
+        ranks(num_ranks),
+        independent_cases(num_ranks),
+        num_cases,
+        places,
+        ROUTINGS_PER_CASE,
+        run=run_case,
+        phases=[Phase.generate],
     )
     assert compared >= ROUTINGS_PER_CASE * num_cases * len(places)
 
@@ -78,6 +85,12 @@ def test_identity_experts_give_the_tokens_back(ranks):
 def test_nan_and_infinity_stay_with_their_token(ranks, layout, combine_wire):
     case = replace(DENSE, layout=layout, combine_wire=combine_wire, numbers="integer", in_place=combine_wire == "bf16")
     ranks(3).run(exactness.odd_tokens, case, PLACE)
+
+
+def test_inputs_may_be_dropped_between_the_halves(ranks):
+    case = replace(DENSE, dtype=torch.float32, heap_dtype=torch.float32, rows_dtype=torch.float32)
+    case = replace(case, numbers="integer", num_topk=2)
+    assert ranks(3).run(exactness.reads_dropped_inputs, case, PLACE) == [6] * 3
 
 
 @pytest.mark.parametrize("layout", ["expert", "rank"])
@@ -242,6 +255,31 @@ def rows_in_place_written_after_the_next_dispatch() -> int:
 
 def test_rows_in_place_may_be_written_again_after_the_next_dispatch(ranks):
     assert ranks(3).run(rows_in_place_written_after_the_next_dispatch) == [8] * 3
+
+
+def combined_twice() -> int:
+    """A rank receives the first combine, in place, when others have posted the second, whose rows are copied."""
+    x, idx, weights = misuse.inputs(PLACE)
+    mistakes, steps = Mistakes(), 0
+    with EpBuffer(None, misuse.config_of(PLACE)) as buffer:
+        for async_op in (True, False):
+            for late in range(buffer.num_ranks):
+                out = buffer.low_latency_dispatch(x, idx).wait()
+                rows = buffer.empty_rows(out.handle).copy_(out.x)
+                first = buffer.low_latency_combine(rows, idx, weights, out.handle, zero_copy=True, async_op=True)
+                lags(buffer.rank == late)
+                mistakes.compare(first.wait().x, x)
+                second = buffer.low_latency_combine(out.x * 2, idx, weights, out.handle, async_op=async_op)
+                mistakes.compare(second.wait().x, x * 2)
+                steps += 1
+                del out, rows, first, second
+        buffer.check()
+        assert mistakes.none()
+    return steps
+
+
+def test_one_dispatch_is_combined_in_place_and_then_from_elsewhere(ranks):
+    assert ranks(3).run(combined_twice) == [6] * 3
 
 
 # Memory

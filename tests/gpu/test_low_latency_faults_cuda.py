@@ -197,17 +197,7 @@ def test_killed_rank(half):
 
 def comes_late() -> bool:
     with EpBuffer(None, make_config(low_latency_tokens_per_rank=host_faults.T)) as buffer:
-        for number in range(3):
-            step, late = Step(buffer, number), number % buffer.num_ranks == buffer.rank
-            time.sleep(0.3 * late)
-            pending = step.send()
-            time.sleep(0.3 * late)
-            out = pending.wait()
-            del pending
-            step.check_received(out)
-            time.sleep(0.3 * late)
-            step.combine(out)
-            del out
+        host_faults.run_with_late_ranks(Step, buffer, 0.3)
         buffer.check()
     return True
 
