@@ -95,6 +95,15 @@ py::bytes ipc_handle(const Pool& heap) {
   return py::bytes(handle.data(), handle.size());
 }
 
+IpcHandle ipc_handle_of(const std::string& bytes) {
+  IpcHandle handle{};
+  if (bytes.size() != handle.size()) {
+    throw Error(ErrorKind::kUnavailable, "an IPC handle has another size; install one version everywhere");
+  }
+  std::memcpy(handle.data(), bytes.data(), bytes.size());
+  return handle;
+}
+
 std::unique_ptr<Communicator> connect(std::shared_ptr<Pool> heap, int rank,
                                       const std::vector<std::pair<std::int64_t, py::bytes>>& peers,
                                       std::vector<std::int32_t> expert_to_rank, std::int64_t alignment, bool two_stage,
@@ -103,13 +112,7 @@ std::unique_ptr<Communicator> connect(std::shared_ptr<Pool> heap, int rank,
   std::vector<PeerAddress> addresses;
   for (const auto& [pid, handle] : peers) {
     PeerAddress address{pid, {}};
-    const std::string bytes = handle;
-    if (static_cast<int>(addresses.size()) != rank) {
-      if (bytes.size() != address.heap.size()) {
-        throw Error(ErrorKind::kUnavailable, "an IPC handle has another size; install one version everywhere");
-      }
-      std::memcpy(address.heap.data(), bytes.data(), bytes.size());
-    }
+    if (static_cast<int>(addresses.size()) != rank) address.heap = ipc_handle_of(handle);
     addresses.push_back(address);
   }
   CommunicatorOptions options{std::move(expert_to_rank),
@@ -236,6 +239,31 @@ bool low_combine(Communicator& self, std::uintptr_t rows, int element, std::int6
   arguments.halves = sends && receives ? kLowBoth : sends ? kLowSend : kLowReceive;
   arguments.stream = stream_of(stream);
   return self.low_combine(arguments);
+}
+
+// Index, CUDA's number and handle of an allocation.
+using Offer = std::tuple<int, std::uint64_t, py::bytes>;
+
+std::pair<std::vector<Offer>, std::string> offer_rows(Communicator& self) {
+  std::string refused;
+  std::vector<Offer> offers;
+  for (const RowSegment& segment : self.offer_rows(refused)) {
+    offers.emplace_back(segment.index, segment.id, py::bytes(segment.handle.data(), segment.handle.size()));
+  }
+  return {offers, refused};
+}
+
+std::pair<std::vector<int>, std::string> map_rows(Communicator& self, int rank, const std::vector<Offer>& offers) {
+  std::string refused;
+  std::vector<RowSegment> segments;
+  for (const auto& [index, id, handle] : offers) {
+    RowSegment segment{};
+    segment.index = index;
+    segment.id = id;
+    segment.handle = ipc_handle_of(handle);
+    segments.push_back(segment);
+  }
+  return {self.map_rows(rank, segments, refused), refused};
 }
 
 using Offsets = std::tuple<std::size_t, std::size_t, std::size_t, std::size_t, std::size_t>;
@@ -382,6 +410,11 @@ PYBIND11_MODULE(_cuda, module) {
           },
           py::arg("ranks"), py::kw_only(), py::arg("stream"))
       .def("low_masked", &Communicator::low_masked, py::call_guard<py::gil_scoped_release>())
+      .def("find_rows",
+           [](Communicator& self, std::uintptr_t rows) { return self.find_rows(pointer<const void>(rows)); })
+      .def("offer_rows", &offer_rows)
+      .def("map_rows", &map_rows, py::arg("rank"), py::arg("offers"))
+      .def("commit_rows", &Communicator::commit_rows, py::arg("indices"))
       .def("low_routing_bytes", &Communicator::low_routing_bytes, py::arg("num_tokens"), py::arg("topk"))
       .def("check", &Communicator::check, py::call_guard<py::gil_scoped_release>())
       .def("depart", &Communicator::depart, py::call_guard<py::gil_scoped_release>())

@@ -166,12 +166,13 @@ class LowLatency:
                     "rows of empty_rows(handle) cross from where they are, as they are",
                     "use wire='bf16', or pass rows in memory of your own",
                 )
-            if zero_copy and not in_place:
+            if zero_copy and not in_place and not self._backend.reads_registered(request):
                 raise ConfigError.of(
                     "zero_copy",
                     True,
-                    "only the rows of empty_rows(handle), on a backend with a heap, are read in place",
-                    "let the experts write there, or leave zero_copy out",
+                    "only the rows of empty_rows(handle), on a backend with a heap, are read in place, and on GPUs "
+                    "rows in registered memory",
+                    "let the experts write there, call register_rows, or leave zero_copy out",
                 )
             with self._collective():
                 receive = self._backend.low_latency_combine(request)
@@ -183,6 +184,13 @@ class LowLatency:
         self._check.check_handle(handle)
         self._slots_of(handle)
         return self._backend.low_latency_rows(handle, dtype)
+
+    def register_rows(self, rows: tuple[torch.Tensor, ...]) -> int:
+        """See :meth:`EpBuffer.register_rows`."""
+        with self._operation("register_rows"):
+            self._check.check_enabled()
+            with self._collective():
+                return self._backend.register_rows(rows)
 
     def mask_ranks(self, ranks: tuple[int, ...]) -> None:
         """See :meth:`EpBuffer.mask_ranks`."""

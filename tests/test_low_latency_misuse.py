@@ -98,6 +98,7 @@ def without_the_mode(place: Place) -> None:
             lambda: plain.empty_rows(handle),
             lambda: plain.mask_ranks(0),
             plain.masked_ranks,
+            plain.register_rows,
         ]
         for call in calls:
             with refused("low_latency_tokens_per_rank", "None", "EpConfig(low_latency_tokens_per_rank=...)"):

@@ -1,6 +1,6 @@
 // Offsets inside the low-latency region of one rank's symmetric heap, and the words that ranks tell each other there.
 //
-//   posts[2 kinds][2][num_ranks] | arrivals[2 kinds][2][num_ranks][kMostLowBlocks] | receive[2] | rows[2]
+//   posts[2 kinds][2][num_ranks] | arrivals[2 kinds][2][num_ranks][kLowArrivals] | receive[2] | rows[2]
 //
 // A word carries its operation's sequence number beside its value, so that each stands for itself: nothing is cleared
 // and no fence or flag has to order words. Dispatches use the two sets of everything in turn (`index`), so that two
@@ -9,7 +9,8 @@
 // A dispatch waits for a post of every rank before it writes any row. So a rank's rows are written only once its own
 // stream has come to that dispatch, and nothing before it still reads them; and the words of a dispatch are read before
 // those of the second one after it can come. Of a combine, a later combine of the same dispatch may have overwritten
-// the post: that says the same but for how rows are given, and those of the earlier one are there by then.
+// the post: that says the same but for how rows are given, and those of the earlier one are there by then. Not so where
+// rows are in registered memory: their owner has not ended its combine before all ranks have read them.
 #pragma once
 
 #include <cstddef>
@@ -24,6 +25,8 @@ constexpr std::size_t kLowBuffers = 2;
 constexpr std::size_t kLowSets = 2 * kLowBuffers;
 // Blocks of a grid that signal on their own.
 constexpr int kMostLowBlocks = 192;
+// Words beside them: the last one is for a reader, see LowLayout::reads. Whole cache lines.
+constexpr int kLowArrivals = kMostLowBlocks + 8;
 // In an arrival: the sender has dropped the dispatch, wholly or in part.
 constexpr std::uint32_t kLowGaveUp = 1u << 16;
 
@@ -39,6 +42,8 @@ enum class LowWord : int {
   // These are not.
   kBlocks,     // that signal the arrival of their part
   kGaveUp,     // the sender has dropped the dispatch that it combines: its rows are none
+  kSegment,    // 1 + index of the registered memory that the rows are in, 0: they are in the heap
+  kOffset,     // of the rows, there, in units of 16 bytes
   kBadRoute,   // 1 + flat index in topk_idx of an id out of range; 0: none
   kBadExpert,  // that id
   kMask,       // first word of the mask
@@ -85,10 +90,14 @@ struct LowLayout {
   // read them (combine). Their value: how many blocks there are, and kLowGaveUp.
   MOE_EP_HOST_DEVICE std::size_t arrivals(LowKind kind, std::size_t index, std::size_t source) const {
     return base + kLowSets * num_ranks * post_stride() +
-           (set(kind, index) * num_ranks + source) * kMostLowBlocks * sizeof(std::uint64_t);
+           (set(kind, index) * num_ranks + source) * kLowArrivals * sizeof(std::uint64_t);
+  }
+  // The word by which `reader` says, in the heap of a rank whose rows are in registered memory, that it has read them.
+  MOE_EP_HOST_DEVICE std::size_t reads(std::size_t index, std::size_t reader) const {
+    return arrivals(LowKind::kCombine, index, reader) + (kLowArrivals - 1) * sizeof(std::uint64_t);
   }
   MOE_EP_HOST_DEVICE std::size_t receive(std::size_t index) const {
-    const std::size_t words = kLowSets * num_ranks * (post_stride() + kMostLowBlocks * sizeof(std::uint64_t));
+    const std::size_t words = kLowSets * num_ranks * (post_stride() + kLowArrivals * sizeof(std::uint64_t));
     return align_up(base + words, kRegionAlignment) + index * receive_bytes;
   }
   MOE_EP_HOST_DEVICE std::size_t rows(std::size_t index) const { return receive(kLowBuffers) + index * rows_bytes; }

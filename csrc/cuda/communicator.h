@@ -18,6 +18,7 @@
 #include "common/process.h"
 #include "cuda/low_state.h"
 #include "cuda/pool.h"
+#include "cuda/row_memory.h"
 #include "cuda/state.h"
 
 namespace moe_ep {
@@ -203,6 +204,12 @@ class Communicator {
   void low_mask(const std::vector<int>& ranks, cudaStream_t stream);
   // Waits for what is queued.
   std::vector<int> low_masked();
+  // Registering memory that rows of combines are in; see RowMemory. Nothing may be under way.
+  bool find_rows(const void* rows);
+  std::vector<RowSegment> offer_rows(std::string& refused);
+  std::vector<int> map_rows(int rank, const std::vector<RowSegment>& offers, std::string& refused);
+  // Bytes that are registered then.
+  std::size_t commit_rows(const std::vector<int>& indices);
   std::size_t low_routing_bytes(std::int64_t num_tokens, std::int64_t topk) const {
     return LowRoutingView::bytes(low_routing_shape(num_tokens, topk));
   }
@@ -235,6 +242,7 @@ class Communicator {
   int most_low_blocks(int num_sms) const { return std::min(most_blocks(num_sms), kMostLowBlocks); }
   void fill_low_group(LowState* state, std::int32_t most_local_experts);
   void follow_low_home(int index, cudaStream_t stream);
+  void upload(const void* table, const void* from, std::size_t bytes);
   Pipeline send_pipeline(const RowSource& source, const RowSizes& sizes, int num_destinations) const;
   Pipeline reduce_pipeline(int num_sources, int most_entries, bool plain) const;
   int count_warps(int bins) const;
@@ -283,6 +291,7 @@ class Communicator {
   Report* report_ = nullptr;       // as the host maps it, and its words
   Group group_{};
   LowGroup low_{};
+  RowMemory row_memory_;
   std::array<std::weak_ptr<LowHold>, kLowBuffers> low_holds_;
   std::array<cudaStream_t, kLowBuffers> low_homes_{};
   cudaEvent_t low_home_event_ = nullptr;

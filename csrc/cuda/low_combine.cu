@@ -1,6 +1,7 @@
 // Low-latency combine: tell peers that this rank's rows are there, read every token's rows where they lie, and sum them
-// with the token's own weights. Nothing is told after the reads: a rank's rows are written again only after its next
-// dispatch into the same buffer, for which every peer has to have come past this combine.
+// with the token's own weights. Of rows in the heap nothing is told after the reads: they are written again only after
+// the rank's next dispatch into the same buffer, for which every peer has to have come past this combine. Rows in
+// registered memory are the caller's, who may write them as soon as the combine is over: so it ends when all have read.
 #include <type_traits>
 
 #include "cuda/launch.h"
@@ -25,13 +26,14 @@ struct LowCombineShared {
   std::uint8_t* masked;          // [num_ranks]
   std::uint8_t* lost;            // [num_ranks]
   std::uint8_t* ready;           // [num_ranks] whose rows are there when they have posted, or that are lost
+  std::uint8_t* segment;         // [num_ranks] whether rows are in registered memory
   std::uint8_t* stages;          // rings of both parts: one is done with when the other begins
 
   __host__ __device__ static std::size_t fixed_bytes(const LowCombineParams& params) {
     const std::size_t ranks = static_cast<std::size_t>(params.low.group.num_ranks);
     const std::size_t words = 2 * ranks + static_cast<std::size_t>(params.pipeline.warps * params.pipeline.stages);
     return align_up(words * sizeof(void*) + CopyRing::kSideBytes +
-                        (static_cast<std::size_t>(params.low.num_local_experts) + 1) * sizeof(std::int32_t) + 3 * ranks,
+                        (static_cast<std::size_t>(params.low.num_local_experts) + 1) * sizeof(std::int32_t) + 4 * ranks,
                     128);
   }
   __host__ static std::size_t bytes(const LowCombineParams& params) {
@@ -52,6 +54,7 @@ struct LowCombineShared {
     masked = reinterpret_cast<std::uint8_t*>(ends + params.low.num_local_experts + 1);
     lost = masked + ranks;
     ready = lost + ranks;
+    segment = ready + ranks;
     stages = base + fixed_bytes(params);
   }
 };
@@ -233,6 +236,7 @@ struct LowCombineStart {
   std::uint32_t failed;
   std::uint32_t begun;    // the last operation that has
   std::uint32_t dropped;  // the last dispatch into this buffer that was
+  std::uint32_t registered;
   LowHeader header;
   std::uint32_t since;
   std::uint32_t gave_up;
@@ -243,6 +247,7 @@ struct LowCombineStart {
     failed = load_relaxed_device(&low.group.state->failed);
     begun = load_relaxed_device(&low.state->sequence);
     dropped = load_relaxed_device(low.state->gave_up + params.index);
+    registered = params.segment >= 0 ? load_relaxed_device(low.registered + params.segment) : 0;
     header = *params.routing.header;
     since = gave_up = 0;
     base = nullptr;
@@ -269,13 +274,13 @@ __device__ __noinline__ bool await_posts(const LowCombineParams& params, const L
   return __syncthreads_or(failed) == 0;
 }
 
-// Waits for what all ranks post, and for their rows. Which ones bring nothing is in `lost` then. All threads; ends with
-// a barrier. False: this rank has failed.
+// Waits for what all ranks post, and for their rows. Which ones bring nothing is in `lost` then, and where rows are in
+// `rows`. All threads; ends with a barrier. False: this rank has failed.
 __device__ bool await_rows(const LowCombineParams& params, const LowCombineShared& shared, std::uint32_t sequence,
                            const LowPost& mine) {
   const LowGroup& low = params.low;
   const Group& group = low.group;
-  constexpr int kWords = static_cast<int>(LowWord::kGaveUp) + 1;
+  constexpr int kWords = static_cast<int>(LowWord::kSegment) + 1;
   const std::uint64_t* posts = low_post_of(low, shared.heaps[group.rank], kKind, params.index, 0);
   const std::size_t stride = low.layout.post_stride() / sizeof(std::uint64_t);
   const LowAwaited awaited{kKind, params.index, sequence, Step::kPost};
@@ -286,6 +291,7 @@ __device__ bool await_rows(const LowCombineParams& params, const LowCombineShare
     const int source = i / kWords;
     const int word = i % kWords;
     if (word == static_cast<int>(LowWord::kBlocks)) shared.ready[source] = 1;
+    if (word == static_cast<int>(LowWord::kSegment)) shared.segment[source] = 0;
     if (shared.masked[source] != 0) continue;
     std::uint64_t seen = 0;
     const Wait wait = await_word(low, posts + source * stride + word, awaited, source, seen);
@@ -300,6 +306,14 @@ __device__ bool await_rows(const LowCombineParams& params, const LowCombineShare
       shared.ready[source] = 0;
     }
     if (word == static_cast<int>(LowWord::kGaveUp) && value != 0) shared.lost[source] = 1;
+    if (word == static_cast<int>(LowWord::kSegment) && value != 0 && low_lead(seen, sequence) == 0) {
+      if (source == group.rank) continue;
+      std::uint64_t offset = 0;
+      failed = await_word(low, posts + source * stride + word + 1, awaited, source, offset) != Wait::kCame || failed;
+      shared.segment[source] = 1;
+      shared.rows[source] = low.segments[source * kMostRowSegments + static_cast<int>(value) - 1] +
+                            static_cast<std::size_t>(low_value(offset)) * 16;
+    }
     if (word >= kNumLowCompared || low_lead(seen, sequence) != 0) continue;
     const std::uint32_t here = reinterpret_cast<const std::uint32_t*>(&mine)[word];
     if (value == here) continue;
@@ -317,6 +331,37 @@ __device__ bool await_rows(const LowCombineParams& params, const LowCombineShare
         if (wait == Wait::kMissing) shared.lost[source] = 1;
       });
   return __syncthreads_and(came) != 0;
+}
+
+// The end of a combine of which some rows are in registered memory: their owners are told that this rank has read them,
+// and this rank, if it owns some, waits until all others have. All threads of all blocks.
+__device__ __noinline__ void finish_reading(const LowCombineParams& params, const LowCombineShared& shared,
+                                            std::uint32_t sequence, bool waits) {
+  const LowGroup& low = params.low;
+  const auto index = static_cast<std::size_t>(params.index);
+  const int rank = low.group.rank;
+  // No fence: what is told is that loads have returned, and none of what this kernel stored.
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicInc(&low.state->readers, gridDim.x - 1) == gridDim.x - 1;
+  __syncthreads();
+  if (!last) return;
+  const LowAwaited awaited{kKind, params.index, sequence, Step::kRead};
+#pragma unroll 1
+  for (int other = threadIdx.x; other < low.group.num_ranks; other += kThreads) {
+    if (other == rank || shared.masked[other] != 0) continue;
+    if (shared.segment[other] != 0) {
+      store_relaxed_system(reinterpret_cast<std::uint64_t*>(shared.heaps[other] +
+                                                            low.layout.reads(index, static_cast<std::size_t>(rank))),
+                           low_word(sequence, 1));
+    }
+    if (!waits) continue;
+    std::uint64_t seen = 0;
+    await_word(low,
+               reinterpret_cast<const std::uint64_t*>(shared.heaps[rank] +
+                                                      low.layout.reads(index, static_cast<std::size_t>(other))),
+               awaited, other, seen);
+  }
 }
 
 // The routes of a warp's first token, which it will want as soon as it has waited.
@@ -381,16 +426,17 @@ __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_c
   if (threadIdx.x == 0) failed = start.failed;
   __syncthreads();
   if (failed != 0) return;
+  const bool registered = kCopies && !kQuantizes && start.registered != 0;
   const LowPost post{static_cast<std::uint32_t>(kOperation),
                      static_cast<std::uint32_t>(kQuantizes ? Element::kFloat8 : params.element),
                      static_cast<std::uint32_t>(params.topk),
                      params.has_weights ? 1u : 0u,
                      static_cast<std::uint32_t>(params.index),
                      start.header.sequence,
-                     kCopies ? static_cast<std::uint32_t>(params.send_blocks) : 0u,
+                     kCopies && !registered ? static_cast<std::uint32_t>(params.send_blocks) : 0u,
                      gave_up ? 1u : 0u,
-                     0,
-                     0};
+                     registered ? static_cast<std::uint32_t>(params.segment) + 1 : 0u,
+                     params.segment_offset};
   if (sends) {
     // Rows that are in place were written by earlier kernels; the threads that post release them.
     constexpr int kPosting = 32;
@@ -404,8 +450,8 @@ __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_c
     }
     if constexpr (kCopies) {
       // Of a dispatch that has been combined before, peers may still read what is about to be written.
-      if (start.header.combine_sequence != 0 && !await_posts(params, shared, sequence)) return;
-      if (static_cast<int>(blockIdx.x) < params.send_blocks) {
+      if (!registered && start.header.combine_sequence != 0 && !await_posts(params, shared, sequence)) return;
+      if (!registered && static_cast<int>(blockIdx.x) < params.send_blocks) {
         copy_rows<typename R::Element, kQuantizes>(params, shared.heaps[group.rank] + params.rows_offset,
                                                    CopyRing{shared.stages, shared.copy_barriers, shared.scales},
                                                    shared.ends);
@@ -429,9 +475,16 @@ __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_c
   const int warp = threadIdx.x / 32;
   const bool all = !params.pipeline.use_bulk || kQuantizes || params.pipeline.warps == kWarps;
   const int first = all ? 0 : params.pipeline.warps;
-  if (warp < first) return;
-  tell_lost(job, sequence, static_cast<int>(blockIdx.x) * (kWarps - first) + warp - first,
-            static_cast<int>(gridDim.x) * (kWarps - first));
+  if (warp >= first) {
+    tell_lost(job, sequence, static_cast<int>(blockIdx.x) * (kWarps - first) + warp - first,
+              static_cast<int>(gridDim.x) * (kWarps - first));
+  }
+  if constexpr (!kQuantizes) {
+    bool some = registered;
+#pragma unroll 1
+    for (int rank = 0; rank < group.num_ranks && !some; ++rank) some = shared.segment[rank] != 0;
+    if (some) finish_reading(params, shared, sequence, registered);
+  }
 }
 
 template <class Visit>

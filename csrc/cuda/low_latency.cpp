@@ -100,7 +100,10 @@ void Communicator::low_dispatch(const LowDispatchArguments& arguments) {
   // Less is slower, but all of it works.
   bool fits = false;
   for (int stages = one_each ? 1 : 2; stages > 0; --stages) {
-    for (int warps = kLowCountWarps; warps > 0 && !fits; warps /= 2) {
+    // A warp counts 32 routes at a time.
+    int warps = kLowCountWarps;
+    while (warps > 1 && (warps / 2) * 32 >= arguments.num_tokens * arguments.topk) warps /= 2;
+    for (; warps > 0 && !fits; warps /= 2) {
       params.stages = stages;
       params.count_warps = warps;
       fits = complete_low_dispatch(params) <= most_shared_bytes_;
@@ -161,6 +164,15 @@ bool Communicator::low_combine(const LowCombineArguments& arguments) {
   params.halves = arguments.halves;
   // A receive half reads this rank's own rows where the caller left them, too.
   params.rows = is_in_place || (arguments.quantize && !sends) ? nullptr : arguments.rows;
+  // Rows are read in place only within one launch: between two, peers that read them late would hold this rank up.
+  params.segment = -1;
+  bool registered = false;
+  if (copies && receives && !arguments.quantize && !options_.mask_on_timeout) {
+    const RowPlace place = row_memory_.find(arguments.rows);
+    params.segment = place.segment;
+    params.segment_offset = place.offset;
+    registered = place.registered;
+  }
 
   params.pipeline = reduce_pipeline(num_ranks(), params.topk, false);
   params.pipeline.chunk_bytes = kReduceChunk;
@@ -178,7 +190,39 @@ bool Communicator::low_combine(const LowCombineArguments& arguments) {
   queue_behind(arguments.stream);
   MOE_EP_CUDA_CHECK(launch_low_combine(params, blocks, arguments.stream));
   queued(arguments.stream);
-  return copies;
+  return copies && !registered;
+}
+
+bool Communicator::find_rows(const void* rows) {
+  const DeviceGuard guard(pool_->device());
+  return row_memory_.find(rows).registered;
+}
+
+std::vector<RowSegment> Communicator::offer_rows(std::string& refused) {
+  const DeviceGuard guard(pool_->device());
+  return row_memory_.offer(refused);
+}
+
+std::vector<int> Communicator::map_rows(int rank, const std::vector<RowSegment>& offers, std::string& refused) {
+  const DeviceGuard guard(pool_->device());
+  const std::vector<int> indices = row_memory_.map(rank, offers, refused);
+  const auto& mapped = row_memory_.mapped();
+  upload(low_.segments, mapped.data(), mapped.size() * sizeof(mapped[0]));
+  return indices;
+}
+
+std::size_t Communicator::commit_rows(const std::vector<int>& indices) {
+  const DeviceGuard guard(pool_->device());
+  row_memory_.commit(indices);
+  const std::vector<std::uint32_t> registered = row_memory_.registered();
+  upload(low_.registered, registered.data(), registered.size() * sizeof(registered[0]));
+  return row_memory_.registered_bytes();
+}
+
+// A table that kernels only read.
+void Communicator::upload(const void* table, const void* from, std::size_t bytes) {
+  MOE_EP_CUDA_CHECK(cudaMemcpyAsync(const_cast<void*>(table), from, bytes, cudaMemcpyHostToDevice, control_));
+  MOE_EP_CUDA_CHECK(cudaStreamSynchronize(control_));
 }
 
 void Communicator::low_mask(const std::vector<int>& ranks, cudaStream_t stream) {

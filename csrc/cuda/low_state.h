@@ -10,12 +10,16 @@
 namespace moe_ep {
 namespace gpu {
 
+// Allocations of one rank, with rows of combines in them, that can be registered at a time; see row_memory.h.
+constexpr int kMostRowSegments = 64;
+
 // Device memory of this rank alone, kept between operations. Behind it, for every rank, the sequence number of the
 // first operation that leaves the rank out (0: none does): so all blocks of an operation leave out the same ranks,
 // whatever another block finds meanwhile.
 struct LowState {
   std::uint32_t sequence;  // of the last operation whose send half has begun in all blocks
   std::uint32_t blocks;    // counter of blocks that wraps to 0 by itself
+  std::uint32_t readers;   // likewise, of blocks that have read all rows of a combine
   // By index: sequence number of the last dispatch of which some block dropped its part.
   std::uint32_t gave_up[kLowBuffers];
 };
@@ -77,6 +81,9 @@ struct LowGroup {
   RowLayout row_layout;
   LowState* state;
   std::uint32_t* masked_since;  // [num_ranks], see LowState
+  // Registered memory, see row_memory.h: where each rank's is mapped here, and whether this rank's is everywhere.
+  std::uint8_t* const* segments;    // [num_ranks][kMostRowSegments]
+  const std::uint32_t* registered;  // [kMostRowSegments]
   bool mask_on_timeout;
   bool starts_early;  // see launch_early()
   std::int32_t num_local_experts;
@@ -133,8 +140,12 @@ struct LowCombineParams {
   std::int32_t index;
   std::int32_t hidden;
   Element element;
-  const std::uint8_t* rows;  // to be copied into the heap first; null: they are there
-  bool quantize;             // while copying
+  // To be copied into the heap first, unless they are in memory that is registered when the kernel runs; null: they are
+  // in the heap.
+  const std::uint8_t* rows;
+  std::int32_t segment;  // that may be registered; -1: they are copied
+  std::uint32_t segment_offset;
+  bool quantize;  // while copying
   bool power_of_two;
   std::int32_t send_blocks;  // that copy
   std::size_t rows_offset;   // in every rank's heap

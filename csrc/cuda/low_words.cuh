@@ -137,6 +137,8 @@ struct LowPost {
   std::uint32_t handle;
   std::uint32_t blocks;
   std::uint32_t gave_up;
+  std::uint32_t segment;
+  std::uint32_t offset;
   std::uint32_t bad_route;
   std::uint32_t bad_expert;
 };

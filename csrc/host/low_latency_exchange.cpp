@@ -69,6 +69,8 @@ LowOperation LowExchange::publish(Operation kind, const LowPost& post, const Cou
                       post.handle,
                       1,  // A rank is one block.
                       static_cast<std::uint32_t>(post.gave_up),
+                      0,  // All rows are in the heap.
+                      0,
                       static_cast<std::uint32_t>(post.bad_route),
                       static_cast<std::uint32_t>(post.bad_expert)};
   for (std::size_t i = 0; i < layout_.mask_words(); ++i) operation.header.push_back(mask_word(i));

@@ -262,6 +262,14 @@ class Backend(ABC):
     def low_latency_held(self, index: int) -> bool:
         """Whether some tensor that lies in buffer ``index`` is alive."""
 
+    def reads_registered(self, request: LowLatencyCombineRequest) -> bool:
+        """Whether rows that are not :meth:`reads_in_place`'s are read where they lie, as their memory is registered."""
+        return False
+
+    def register_rows(self, rows: tuple[torch.Tensor, ...]) -> int:
+        """Collective: register memory of rows with all ranks; see :meth:`EpBuffer.register_rows`."""
+        return 0
+
     @abstractmethod
     def mask_ranks(self, ranks: tuple[int, ...]) -> None:
         """Leave these ranks out of the low-latency operations that follow."""

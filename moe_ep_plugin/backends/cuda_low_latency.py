@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..bootstrap import exchange
 from ..errors import ConfigError
 from ..handle import LowLatencyHandle
 from ..types import LowLatencyCombineOutput, LowLatencyDispatchOutput
 from ..wire import FP8_DTYPE, num_scales
 from .base import BackendContext, LowLatencyCombineRequest, LowLatencyDispatchRequest
 from .gpu_tensors import CurrentStream, GpuEvent, aligned, array
-from .heap import ELEMENT_CODES, HeapBackend, address_of
+from .heap import ELEMENT_CODES, HeapBackend, address_of, logger
 
 if TYPE_CHECKING:
     _Base = HeapBackend
@@ -161,6 +162,42 @@ class CudaLowLatency(_Base):
     def reads_in_place(self, rows: torch.Tensor, handle: LowLatencyHandle) -> bool:
         """See :class:`Backend`."""
         return rows.numel() == 0 or bool(rows.data_ptr() == self._connected().low_rows_address(handle.index))
+
+    def reads_registered(self, request: LowLatencyCombineRequest) -> bool:
+        """See :class:`Backend`."""
+        fits = request.wire == "bf16" and not request.async_op and not self._c.config.mask_on_timeout
+        return fits and bool(self._connected().find_rows(request.rows.data_ptr()))
+
+    def register_rows(self, rows: tuple[torch.Tensor, ...]) -> int:
+        """See :class:`Backend`."""
+        communicator = self._connected()
+        self._check_devices(*rows)
+        torch.cuda.synchronize(self._device)
+        for tensor in rows:
+            communicator.find_rows(tensor.data_ptr())
+        mine, refused = communicator.offer_rows()
+        offers = self._tell({"offers": [(index, number, handle.hex()) for index, number, handle in mine]})
+        mapped: dict[str, list[int]] = {}
+        for rank, theirs in enumerate(offers):
+            if rank == self._c.rank:
+                continue
+            segments = [(index, number, bytes.fromhex(handle)) for index, number, handle in theirs["offers"]]
+            mapped[str(rank)], reason = communicator.map_rows(rank, segments)
+            refused = refused or reason
+        others = [m["mapped"] for rank, m in enumerate(self._tell({"mapped": mapped})) if rank != self._c.rank]
+        by_all = [index for index, _, _ in mine if all(index in other[str(self._c.rank)] for other in others)]
+        if refused:
+            logger.warning(
+                "moe_ep_plugin: some memory of rows can't be registered (%s), and is copied from as before; memory of "
+                "cudaMallocAsync and of expandable segments (PYTORCH_CUDA_ALLOC_CONF) can't",
+                refused,
+            )
+        return int(communicator.commit_rows(by_all))
+
+    def _tell(self, message: dict[str, Any]) -> list[dict[str, Any]]:
+        """What every rank says, by rank."""
+        context = self._c
+        return exchange(context.group, context.num_ranks, message, context.config.timeout_s, "register_rows")
 
     def low_latency_held(self, index: int) -> bool:
         """See :class:`Backend`."""

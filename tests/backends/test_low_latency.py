@@ -167,6 +167,15 @@ def test_inputs_may_be_dropped_between_the_halves(ranks, backend):
     assert ranks(3).run(reads_dropped_inputs, case, Place(backend)) == [6] * 3
 
 
+def nothing_registered(place: Place) -> int:
+    with EpBuffer(None, DENSE.config(place)) as buffer:
+        return buffer.register_rows(torch.empty(4, device=place.device))
+
+
+def test_there_is_nothing_to_register_on_a_cpu(ranks, backend):
+    assert ranks(2).run(nothing_registered, Place(backend)) == [0] * 2
+
+
 def tokens_come_back(place: Place) -> int:
     """Experts that change nothing, and weights that sum to 1, are the identity; on plain rows and whole FP8 values."""
     me = dist.get_rank()

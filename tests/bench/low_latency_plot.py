@@ -27,6 +27,7 @@ COLOURS = {
     "dispatch_bf16": ("#56b4e9", "dispatch, bf16"),
     "combine_zero_copy": ("#009e73", "combine, zero copy"),
     "combine_any": ("#d55e00", "combine, any tensor"),
+    "combine_registered": ("#999999", "combine, registered"),
     "combine_fp8": ("#e69f00", "combine, FP8 wire"),
     "step": ("#cc79a7", "dispatch + combine"),
 }

@@ -42,11 +42,13 @@ def low_dispatch(wire: str) -> Callable[[LowSession, bool], Made]:
     return make
 
 
-def low_combine(leased: bool, wire: str = "bf16") -> Callable[[LowSession, bool], Made]:
+def low_combine(leased: bool, wire: str = "bf16", registered: bool = False) -> Callable[[LowSession, bool], Made]:
     """Maker of a low-latency combine; calls use the two sets of slots in turn."""
 
     def make(session: LowSession, split: bool) -> Made:
         turns = [(*turn, torch.empty_like(session.data.x)) for turn in session.dispatched(leased)]
+        if registered:
+            session.buffer.register_rows(*[rows for rows, _, _ in turns])
         turn = itertools.cycle(turns)
         options = {"zero_copy": leased, "wire": wire}
 
@@ -104,6 +106,7 @@ WORKS = {
     "combine_any": Work(
         _bf16, low_combine(leased=False), ("combine",), lambda c: (3 * c.expert_rows + c.tokens) * c.row
     ),
+    "combine_registered": Work(_bf16, low_combine(leased=False, registered=True), ("combine",)),
     "combine_fp8": Work(
         _bf16, low_combine(leased=False, wire="fp8"), ("combine",), lambda c: _bf16(c) + 2 * c.expert_rows * c.fp8_row
     ),
