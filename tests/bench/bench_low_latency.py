@@ -32,7 +32,7 @@ device-to-device copy reaches on an H200, bytes read + written (docs/performance
     dispatch_bf16      (S + C) row
     combine_zero_copy  (C + S) row      every received row read once, every token written once; rows in empty_rows
     combine_any        (C + S) row      rows in any memory, copied first; (3 C + S) row if copies leave the L2 cache
-    combine_registered (C + S) row      rows in any memory that is registered; where the halves are apart they are copied
+    combine_registered (C + S) row      rows in any memory that is registered; with halves apart they are copied
     combine_fp8        (C + S) row      FP8 wire, quantised first; + 2 C q if the quantised rows leave the L2 cache
     step               dispatch_fp8 + combine_zero_copy, one after the other; the experts do nothing
 8 tokens a rank stay in the L2 cache, where the floor means little: launches and flags are what takes time.
