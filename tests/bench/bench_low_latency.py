@@ -24,7 +24,8 @@ halves one after the other (async_op=True, then wait()). "eager" is without a gr
 calls. A new buffer is left alone for --settle-s first (see bench_throughput.py).
 
 Floor: the bytes that the work has to read and write on all ranks, over 4.25 TB/s, which is what a large
-device-to-device copy reaches on an H200, bytes read + written (docs/performance.md). Counted from this run's routing:
+device-to-device copy reaches on an H200, bytes read + written (docs/performance.md), times GPUs where ranks have one
+each: a floor of memory, not of the links between GPUs. Counted from this run's routing:
     S  tokens of all ranks                                   row  2 H bytes
     C  received rows: one for every token and expert (S K)   q    H bytes and 4 for every 128 elements
 
