@@ -9,8 +9,8 @@ set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=${OUT:-runs/multi_gpu} python=${PYTHON:-python3} total=${TOTAL_S:-520} rehearse=${REHEARSE:-}
 mkdir -p "$out"
-# No NVLink multicast anywhere: it needs a fabric manager that hosts lent to several tenants may not run, where making a
-# multicast object can hang or fail; none of our kernels uses it, and so it can't favour what they are compared with.
+# No NVLink multicast in anything started here: it takes state of the NVLink switches that a host's GPUs share, and where
+# a host is lent to several tenants a program that uses it can put their GPUs out of service. None of our kernels does.
 export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 failed=() skipped=()
@@ -81,7 +81,7 @@ if [[ -n $rehearse ]]; then
 fi
 
 part correctness 100 "${share[@]}" --ranks "$ranks" -- "${check[@]}"
-LINES_SHOWN=100 part nvlink 180 "${share[@]}" --ranks "$ranks" -- "${bench[@]}"
+LINES_SHOWN=180 part nvlink 180 "${share[@]}" --ranks "$ranks" -- "${bench[@]}"
 for sms in 24 64; do
   LINES_SHOWN=24 part "low_latency_$sms" 60 "${share[@]}" --ranks "$ranks" -- "${low[@]}" --sms "$sms" \
     --json "$out/low_latency_$sms.json"

@@ -54,15 +54,8 @@ def decoding_cases(num_ranks: int, count: int) -> Iterator[low_latency_cases.Low
     base = replace(base, dtype=torch.bfloat16, rows_dtype=torch.bfloat16, heap_dtype=torch.bfloat16, weighted=True)
     for layout, wire, back in itertools.product(("expert", "rank"), ("plain", "fp8"), ("bf16", "fp8")):
         heap_wire = "bf16" if wire == "plain" else "fp8"
-        yield replace(
-            base,
-            layout=layout,
-            wire=wire,
-            heap_wire=heap_wire,
-            combine_wire=back,
-            in_place=back == "bf16",
-            order="pair",
-        )
+        changes = {"heap_wire": heap_wire, "combine_wire": back, "in_place": back == "bf16", "order": "pair"}
+        yield replace(base, layout=layout, wire=wire, **changes)
     for seed in range(count):
         yield low_latency_cases.make_case(random.Random(f"decoding {seed} {num_ranks}").choice, num_ranks, large=True)
 
