@@ -32,8 +32,8 @@ PANELS = {
         "dispatch_expert_2stage": ("#d55e00", "^", "dispatch bf16"),
         "dispatch_expert_fp8_2stage": ("#e69f00", "D", "dispatch FP8"),
         "combine_expert_2stage": ("#cc79a7", "v", "combine"),
-        "collective_dispatch_expert": ("#d55e00", "", "permute + dispatch"),
-        "collective_combine_expert": ("#cc79a7", "", "combine + unpermute"),
+        "collective_dispatch_expert": ("#d55e00", "", "permute + dispatch, a row an expert"),
+        "collective_combine_expert": ("#cc79a7", "", "combine + unpermute, a row an expert"),
     },
 }
 
