@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # What only several GPUs of one machine can tell, in one go of less than nine minutes: links, correctness, throughput
 # and low-latency operations beside NCCL, the main example. What matters most comes first. Nothing stops at a failure;
-# every part has its own log in the folder and its own time limit, and the end says what failed or was left out; either makes the exit status 1.
+# every part has its own log in the folder and its own time limit. The end says what failed or was left out; with either
+# the exit status is 1.
 #   tests/bench/run_multi_gpu.sh                        a rank on every GPU
-#   OUT=FOLDER RANKS=4 PYTHON=python3.12 TOTAL_S=520 ... tests/bench/run_multi_gpu.sh
+#   OUT=FOLDER RANKS=4 PYTHON=python3.12 TOTAL_S=510 ... tests/bench/run_multi_gpu.sh
 # REHEARSE=1 runs tiny sizes on the CPU, to try this script. Wheels in .whl/ are installed for this run only.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-out=${OUT:-runs/multi_gpu} python=${PYTHON:-python3} total=${TOTAL_S:-520} rehearse=${REHEARSE:-}
+out=${OUT:-runs/multi_gpu} python=${PYTHON:-python3} total=${TOTAL_S:-510} rehearse=${REHEARSE:-}
 mkdir -p "$out"
 # No NVLink multicast in anything started here: it takes state of the NVLink switches that a host's GPUs share, and where
 # a host is lent to several tenants a program that uses it can put their GPUs out of service. None of our kernels does.
