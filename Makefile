@@ -13,10 +13,10 @@ CPP_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -nam
 # Starts programs on a GPU machine: a process a rank by torchrun, and CUDA's MPS where ranks share a GPU.
 SHARE_GPU := $(BIN)/python -m moe_ep_plugin.share_gpu
 
-.PHONY: help venv megatron test test-gpu lint format types pretrain decode example bench bench-gpu kernels tsan clean
+.PHONY: help venv megatron test test-gpu lint format types pretrain decode example bench bench-gpu bench-nvlink kernels tsan clean
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(READY)  ## Set up $(VENV): torch, this package (editable) and what tests and examples need
 
@@ -72,6 +72,9 @@ bench-gpu: RANKS = 8
 bench-gpu: BENCH ?= throughput
 bench-gpu: $(READY)  ## CUDA backend against the alternatives, 8 ranks unless RANKS is given; BENCH=low_latency for decoding
 	$(SHARE_GPU) --ranks $(RANKS) -- tests/bench/bench_$(BENCH).py $(ARGS)
+
+bench-nvlink: $(READY)  ## All that takes several GPUs: links, correctness, figures beside NCCL, the example
+	PYTHON=$(BIN)/python tests/bench/run_multi_gpu.sh
 
 # setup.py has the flags and knows what is up to date. It needs an environment, not the newest build in it.
 kernels: $(if $(wildcard $(BIN)/python),,$(READY))  ## Compile the CUDA kernels that changed; needs nvcc but no GPU

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from moe_ep_plugin import EpConfig
+from moe_ep_plugin import EpBuffer, EpConfig
 
 from . import oracle
 
@@ -58,9 +58,15 @@ class Case:
     seed: int
     num_sms: int | None = None
 
-    def rounds_partials(self, backend: str) -> bool:
-        """Whether a rank's partial sums cross in the dtype of the rows: where it reduces them before they cross."""
-        return self.expand == "two_stage" and self.layout == "expert" and backend != "collective"
+    def rounds_partials(self, buffer: EpBuffer) -> bool:
+        """Whether a rank's partial sums cross in the dtype of the rows: where it reduces them before they cross.
+
+        With ``expand="auto"`` backend "cuda" does where ranks have GPUs of their own.
+        """
+        two_stage = self.expand == "two_stage"
+        if buffer.backend == "cuda":
+            two_stage = bool(buffer._backend._two_stage)  # type: ignore[attr-defined]
+        return two_stage and self.layout == "expert" and buffer.backend != "collective"
 
     def config(self, place: Place) -> EpConfig:
         return EpConfig(

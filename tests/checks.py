@@ -136,7 +136,7 @@ def run_routing(inputs: Inputs, buffer: EpBuffer) -> dict[str, torch.Tensor | No
     after = rows.clone()
     poison(rows)  # The caller may write there again as soon as combine has returned.
     same("rows after combine", after, inputs.results[me])
-    same("combine", back.x, inputs.expected_sums(case.rounds_partials(place.backend)))
+    same("combine", back.x, inputs.expected_sums(case.rounds_partials(buffer)))
     same("row_values", back.row_values, inputs.expected_values() if case.values else None)
     values = None if back.row_values is None else back.row_values.to("cpu", copy=True)
     results |= {"combined": back.x.to("cpu", copy=True), "values": values}
@@ -152,8 +152,8 @@ def run_case(case: Case, places: tuple[Place, ...], routings: int) -> int:
         for seed in range(routings):
             inputs = Inputs(case, seed, buffers[0].rank)
             results = [run_routing(inputs, buffer) for buffer in buffers]
-            for place, other in zip(places[1:], results[1:], strict=True):
-                alike = case.rounds_partials(place.backend) == case.rounds_partials(places[0].backend)
+            for place, buffer, other in zip(places[1:], buffers[1:], results[1:], strict=True):
+                alike = case.rounds_partials(buffer) == case.rounds_partials(buffers[0])
                 for name, first in results[0].items():
                     if alike or name != "combined":
                         same(f"{name} of {places[0]} and {place}", first, other[name])

@@ -50,6 +50,7 @@ class Compiled:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.registered: set[int] = set()
         routing = SimpleNamespace(
             num_rows=ROWS,
             num_received=6,
@@ -122,6 +123,9 @@ class Compiled:
 
     def low_rows_address(self, index: int) -> int:
         return 64 + index
+
+    def find_rows(self, rows: int) -> bool:
+        return rows in self.registered
 
     def low_held(self, index: int) -> bool:
         return index in self.held
@@ -359,6 +363,21 @@ def test_a_low_latency_combine_in_place_is_one_launch(
     assert (passed["sends"], passed["receives"], passed["quantize"], passed["weights"]) == (True, True, False, None)
     assert (back.x.dtype, back.x.shape, passed["out"]) == (torch.bfloat16, (TOKENS, HIDDEN), back.x.data_ptr())
     assert buffer.stats.staged == 0
+
+
+def test_registered_rows_are_no_copies_but_in_halves(make: Any, compiled: Compiled) -> None:
+    x, idx, _ = inputs()
+    with make(low_latency_tokens_per_rank=CAPACITY) as buffer:
+        out = buffer.low_latency_dispatch(x, idx).wait()
+        rows = buffer.empty_rows(out.handle)
+        compiled.registered = {rows.data_ptr()}
+        for options in ({"async_op": True}, {"wire": "fp8"}):
+            with pytest.raises(ConfigError, match="register_rows"):
+                buffer.low_latency_combine(rows, idx, None, out.handle, zero_copy=True, **options)
+        compiled.calls.clear()
+        buffer.low_latency_combine(rows, idx, None, out.handle, zero_copy=True).wait()
+    ((name, passed),) = compiled.calls
+    assert name == "low_combine" and passed["rows"] == rows.data_ptr()
 
 
 def test_held_results_and_masks_are_asked_of_the_compiled_half(make: Any, compiled: Compiled) -> None:

@@ -24,7 +24,8 @@ halves one after the other (async_op=True, then wait()). "eager" is without a gr
 calls. A new buffer is left alone for --settle-s first (see bench_throughput.py).
 
 Floor: the bytes that the work has to read and write on all ranks, over 4.25 TB/s, which is what a large
-device-to-device copy reaches on an H200, bytes read + written (docs/performance.md). Counted from this run's routing:
+device-to-device copy reaches on an H200, bytes read + written (docs/performance.md), times GPUs where ranks have one
+each: a floor of memory, not of the links between GPUs. Counted from this run's routing:
     S  tokens of all ranks                                   row  2 H bytes
     C  received rows: one for every token and expert (S K)   q    H bytes and 4 for every 128 elements
 
@@ -42,7 +43,7 @@ over RDMA: 77 us dispatch, 114 combine) and pplx-garden (8 H100 over ConnectX-7:
 8 ranks, which is other hardware: each rank has a GPU with its memory and all SMs, but a network between; "published /
 ours" says how many times as long theirs take. And in this run:
     throughput_*   EpBuffer.dispatch(layout="expert", max_recv_tokens=...) and weighted combine of leased rows, bf16, in
-                   graphs of the same kind, same SMs
+                   graphs of the same kind, same SMs, expand="direct": a row for every token and expert, as here
     collective_*   backend "collective" (torch.distributed, gloo), low-latency API, eager, for scale
 
 --overlap: a bf16 GEMM of --gemm M,K,N on every rank, between CUDA events around it only, on the most ranks and tokens:

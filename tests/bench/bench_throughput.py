@@ -19,7 +19,8 @@ whatever runs (9 % and more of a dispatch's time for its first tenths of a secon
 its result is compared with what torch computes from the same data; a wrong one is reported and not timed.
 
 Floor: the bytes that the work has to read and write on all ranks, over the bandwidth (bytes read + written) of large
-device-to-device copies that one rank measures alone at the start. Counted from this run's routing, with
+device-to-device copies that one rank measures alone at the start, times GPUs where ranks have one each: a floor of
+memory, which says nothing about the links between GPUs (bench_nvlink.py does). Counted from this run's routing, with
     S  tokens of all ranks                 row  2 H bytes
     N  received rows, layout "rank"        q    H bytes and 4 for every 128 elements, an fp8 row with its scales
     C  received rows, layout "expert": one for every token and expert (S K)
@@ -90,7 +91,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--works", type=names_of_works, default=[], help="only these, comma separated")
     parser.add_argument("--calls", type=int, help="calls a batch")
     parser.add_argument("--batches", type=int, help="batches")
-    parser.add_argument("--heaps-gb", type=float, default=96.0, help="most of the heaps of all ranks, in 10^9 bytes")
+    parser.add_argument("--heaps-gb", type=float, default=96.0, help="most of the heaps on a GPU, in 10^9 bytes")
     parser.add_argument("--settle-s", type=float, default=1.0, help="pause after a buffer is made")
     parser.add_argument("--timeout-s", type=float, default=15.0, help="longest wait for a peer")
     for name in ("tokens", "hidden", "topk", "experts"):

@@ -79,6 +79,16 @@ def gpu_facts(device: torch.device) -> dict[str, object]:
     }
 
 
+def ranks_sharing(ranks: int, device: torch.device) -> int:
+    """Most ranks on one GPU, where ranks are dealt over the GPUs in turn; all of them on a CPU."""
+    return -(-ranks // gpus_used(ranks, device))
+
+
+def gpus_used(ranks: int, device: torch.device) -> int:
+    """GPUs that this many ranks are dealt over; a CPU counts as one."""
+    return min(ranks, torch.cuda.device_count()) if device.type == "cuda" else 1
+
+
 def write_json(path: str | None, results: object) -> None:
     """Write results where the caller asked for it."""
     if path:

@@ -14,6 +14,15 @@ from moe_ep_plugin.wire import quantize_blocks
 LARGEST = 7  # Of every block of 128, so that its scale is a power of two and the e4m3 rows are exact.
 
 
+def whole_rows(shape: Shape, rank: int, device: torch.device) -> torch.Tensor:
+    """The rows of a rank: whole numbers of at most ``LARGEST``, exact on the FP8 wire too."""
+    generator = torch.Generator(device).manual_seed(1000 + rank)
+    rows = torch.randint(-LARGEST, LARGEST + 1, (shape.tokens, shape.hidden), generator=generator, device=device)
+    rows = rows.bfloat16()
+    rows[:, ::FP8_BLOCK] = LARGEST
+    return rows
+
+
 class LowData(Data):
     """Rows and routing of every rank of a team, and checks of what this rank got.
 
@@ -42,11 +51,7 @@ class LowData(Data):
 
     def rows_of(self, rank: int) -> torch.Tensor:
         """The rows that a rank dispatches."""
-        generator = torch.Generator(self.device).manual_seed(1000 + rank)
-        size = (self.shape.tokens, self.shape.hidden)
-        rows = torch.randint(-LARGEST, LARGEST + 1, size, generator=generator, device=self.device).bfloat16()
-        rows[:, ::FP8_BLOCK] = LARGEST
-        return rows
+        return whole_rows(self.shape, rank, self.device)
 
     def check_slots(self, out: Any, wire: str) -> None:
         """Compare what a low-latency dispatch received, bit for bit, with what its senders have."""

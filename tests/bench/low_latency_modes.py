@@ -6,6 +6,7 @@ import argparse
 from dataclasses import asdict
 
 import torch.distributed as dist
+from common import ranks_sharing
 from low_latency_measure import measure, measure_slow
 from low_latency_overlap import Gemm, measure_overlap, trace_step
 from low_latency_report import LowReport
@@ -29,9 +30,8 @@ class LowBench(Bench):
 
     def sms(self, ranks: int) -> int:
         """SMs a rank uses, so that the kernels of all ranks run at the same time."""
-        share = max(1, self.sm_count // ranks)
-        wanted = self.options.sms.get(ranks) or self.options.sms.get(0) or DEFAULT_SMS.get(ranks, MOST_SMS)
-        return min(wanted, share)
+        default = DEFAULT_SMS.get(ranks_sharing(ranks, self.device), MOST_SMS)
+        return min(self.options.sms.get(ranks) or self.options.sms.get(0) or default, self.most_sms(ranks))
 
     def main(self) -> None:
         """All works with the group sizes of --ranks and the tokens of --tokens."""

@@ -45,15 +45,16 @@ class LowReport(Report):
         """Add what follows from a time: floor, ratio, targets, published figures."""
         if counts is None or "us" not in row:
             return row
-        work = ALL[name]
+        work, gpus = ALL[name], self.gpus(row["ranks"])
+        bandwidth = gpus * FLOOR_BYTES_PER_S
         row["bytes"] = work.bytes(counts)
-        row["floor_us"] = row["bytes"] / FLOOR_BYTES_PER_S * 1e6
+        row["floor_us"] = row["bytes"] / bandwidth * 1e6
         row["ratio"] = row["us"] / row["floor_us"]
         row["bytes_per_s"] = row["bytes"] / row["us"] * 1e6
         if work.with_copies:
-            row["floor_with_copies_us"] = work.with_copies(counts) / FLOOR_BYTES_PER_S * 1e6
+            row["floor_with_copies_us"] = work.with_copies(counts) / bandwidth * 1e6
         target = TARGETS.get((f"{row['ranks']}x{row['sms']}", row["tokens"]), {}).get(name)
-        if target and self._has_targets:
+        if target and self._has_targets and gpus == 1:
             row |= {"bar_us": target.bar, "stretch_us": target.stretch}
         published = PUBLISHED.get(name) if (row["ranks"], row["tokens"]) == PUBLISHED_AT else None
         if published and self._has_published:

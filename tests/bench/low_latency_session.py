@@ -37,6 +37,7 @@ class LowSession(Session):
             device=team.device.type,
             num_sms=sms,
             pool_bytes=POOL_BYTES,
+            expand="direct",  # As low-latency rows cross; sums that cross in bf16 would be rounded.
             timeout_s=options.timeout_s,
         )
         try:

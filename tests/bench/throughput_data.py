@@ -29,7 +29,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Counts:
-    """Rows of one dispatch on all ranks together, and the bytes of a row; see bench_throughput.py."""
+    """Rows of one dispatch on all ranks together, and the bytes of a row; see bench_throughput.py.
+
+    Crossing rows are those that are not for the rank they come from.
+    """
 
     tokens: int
     rank_rows: int
@@ -37,6 +40,8 @@ class Counts:
     max_rows: int
     row: int
     fp8_row: int
+    crossing_rank_rows: int
+    crossing_expert_rows: int
 
 
 @functools.lru_cache(maxsize=8)
@@ -56,7 +61,16 @@ class Data:
 
     Rows for combine are the dispatched ones times a power of two: 2^rank in layout "rank", 2^(expert % 4) in layout
     "expert", so that a row in a wrong place shows and sums are exact until they are rounded (but for gate weights).
+
+    Attributes:
+        rank_powers: How many different powers there are in layout "rank".
+        expert_powers: The same in layout "expert".
+        tolerance: Of sums in which gate weights take part, relative.
     """
+
+    rank_powers = 8
+    expert_powers = 4
+    tolerance = 2.0**-7  # Two bf16 roundings.
 
     def __init__(self, team: Team, shape: Shape) -> None:
         self.shape, self.device, self.rank, self.ranks = shape, team.device, team.rank, team.size
@@ -79,6 +93,8 @@ class Data:
     def _count(self) -> Counts:
         present = self._present(self.all_idx.flatten(0, 1))
         tokens, hidden = self.all_idx.shape[0] * self.shape.tokens, self.shape.hidden
+        source = torch.arange(self.ranks, device=self.device)
+        stays = (self.owner[self.all_idx] == source[:, None, None]).sum(2)
         self.max_recv = -(-int(present.sum(0).max()) // 64) * 64
         return Counts(
             tokens=tokens,
@@ -87,6 +103,8 @@ class Data:
             max_rows=self.max_recv * self.ranks,
             row=2 * hidden,
             fp8_row=hidden + 4 * num_scales(hidden),
+            crossing_rank_rows=int(present.sum()) - int((stays > 0).sum()),
+            crossing_expert_rows=tokens * self.shape.topk - int(stays.sum()),
         )
 
     def _present(self, idx: torch.Tensor) -> torch.Tensor:
@@ -111,11 +129,22 @@ class Data:
             else:
                 weights = weights[token, slot]
             require(torch.equal(out.topk_weights[where], weights), f"topk_weights from rank {source}")
+        self._check_rows(out, sources, wire)
+        rest = out.x[received:]
+        require(not len(rest) or not rest.view(torch.uint8).any(), "rows past the received ones are not zero")
+
+    def check_rows(self, out: Any, layout: str, wire: str) -> None:
+        """Compare ``out.x`` (and ``out.scale``) alone, of whatever made them, with what the senders have."""
+        sources = list(self._rank_positions() if layout == "rank" else self._expert_positions())
+        received = sum(len(where) for where, _, _ in sources)
+        require(len(out.x) == received, f"{len(out.x)} rows, not {received}")
+        self._check_rows(out, sources, wire)
+
+    def _check_rows(self, out: Any, sources: list[Any], wire: str) -> None:
+        for source, (where, token, _) in enumerate(sources):
             x = self.rows_of(source)
             for at, taken in zip(where.split(CHECK_ROWS), token.split(CHECK_ROWS), strict=True):
                 require(self._same_rows(out, at, x[taken], wire), f"rows from rank {source}")
-        rest = out.x[received:]
-        require(not len(rest) or not rest.view(torch.uint8).any(), "rows past the received ones are not zero")
 
     def _rank_positions(self) -> Iterable[tuple[torch.Tensor, torch.Tensor, None]]:
         """For every source: places of its rows here, in layout "rank", and the tokens they carry."""
@@ -147,18 +176,19 @@ class Data:
     def fill(self, rows: torch.Tensor, out: Any, layout: str) -> torch.Tensor:
         """Write what combine shall bring back into ``rows``."""
         if layout == "rank":
-            return torch.mul(out.x, 2.0 ** (self.rank % 8), out=rows)
+            return torch.mul(out.x, 2.0 ** (self.rank % self.rank_powers), out=rows)
         experts = torch.tensor(self.placement.experts_of_rank[self.rank], dtype=torch.int64)
-        factors = torch.exp2((experts % 4).float()).repeat_interleave(out.tokens_per_expert.cpu())
+        factors = torch.exp2((experts % self.expert_powers).float()).repeat_interleave(out.tokens_per_expert.cpu())
         return torch.mul(out.x, factors.to(self.device, torch.bfloat16)[:, None], out=rows)
 
     def check_combine(self, y: torch.Tensor, layout: str) -> None:
-        """Compare sums: exactly in layout "rank", within two bf16 roundings where gate weights take part."""
+        """Compare sums: exactly in layout "rank", within ``tolerance`` where gate weights take part."""
         if layout == "rank":
-            powers = torch.exp2(torch.arange(self.ranks, device=self.device) % 8).float()
+            powers = torch.exp2(torch.arange(self.ranks, device=self.device) % self.rank_powers).float()
             factors, tolerance = self._present(self.idx).mul(powers).sum(1), 0.0
         else:
-            factors, tolerance = (self.weights * torch.exp2((self.idx % 4).float())).sum(1), 2.0**-7
+            factors = (self.weights * torch.exp2((self.idx % self.expert_powers).float())).sum(1)
+            tolerance = self.tolerance
         require(y.shape == self.x.shape and y.dtype == self.x.dtype, f"shape {list(y.shape)} of {y.dtype}")
         for got, x, factor in zip(*(t.split(CHECK_ROWS) for t in (y, self.x, factors)), strict=True):
             want = (x.float() * factor[:, None]).to(x.dtype).float()

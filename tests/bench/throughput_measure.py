@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from throughput_session import Session
-from throughput_works import WORKS, Call
+from throughput_works import Call, Work
 
 Row = dict[str, Any]
 
@@ -47,10 +47,10 @@ def repeat(call: Call, times: int) -> None:
         held = call()  # noqa: F841
 
 
-def checked_call(session: Session, name: str) -> tuple[Call, Callable[[Any], None]]:
+def checked_call(session: Session, work: Work) -> tuple[Call, Callable[[Any], None]]:
     """A work's call, after one call whose result was right, and its check."""
     team = session.team
-    call, verify = team.together(lambda: WORKS[name].make(session))
+    call, verify = team.together(lambda: work.make(session))
 
     def first() -> None:
         out = call()
@@ -85,11 +85,11 @@ def time_call(session: Session, call: Call, schedule: Schedule) -> Row:
     }
 
 
-def measure(session: Session, name: str, schedule: Schedule) -> Row:
+def measure(session: Session, work: Work, schedule: Schedule) -> Row:
     """One row: check, then time."""
     stats = session.buffer.stats
     before = (stats.operations, stats.staged, stats.copied_out)
-    call, _ = checked_call(session, name)
+    call, _ = checked_call(session, work)
     row = time_call(session, call, schedule)
     operations, staged, copied_out = (
         now - then for now, then in zip((stats.operations, stats.staged, stats.copied_out), before, strict=True)
@@ -97,10 +97,10 @@ def measure(session: Session, name: str, schedule: Schedule) -> Row:
     return row | {"operations": operations, "staged": staged, "copied_out": copied_out}
 
 
-def time_graph(session: Session, name: str, schedule: Schedule) -> Row:
+def time_graph(session: Session, work: Work, schedule: Schedule) -> Row:
     """Capture one call, check what a replay gives, time replays."""
     team = session.team
-    call, verify = checked_call(session, name)
+    call, verify = checked_call(session, work)
 
     def capture() -> tuple[torch.cuda.CUDAGraph, Any]:
         stream = torch.cuda.Stream()
@@ -129,13 +129,13 @@ def time_graph(session: Session, name: str, schedule: Schedule) -> Row:
     return time_call(session, graph.replay, schedule)
 
 
-def count_launches(session: Session, name: str, calls: int = 4) -> Row:
+def count_launches(session: Session, work: Work, calls: int = 4) -> Row:
     """Kernels, and copies and fills, of one call, as rank 0's profiler sees them."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     team = session.team
-    call, _ = checked_call(session, name)
+    call, _ = checked_call(session, work)
 
     def start() -> None:  # The first use takes seconds, in which peers should not wait in a kernel.
         if team.rank == 0:

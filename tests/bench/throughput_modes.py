@@ -5,20 +5,20 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
-from common import start_rank
+from common import ranks_sharing, start_rank
 from throughput_data import Shape
 from throughput_measure import Row, Schedule, count_launches, measure, repeat, time_graph, timed
 from throughput_report import Report
 from throughput_session import Session
 from throughput_team import DoesNotFit, Failed, Team, tidy
-from throughput_works import WORKS
+from throughput_works import WORKS, Work
 
-DEFAULT_SMS = {8: 16}  # Other group sizes: 24.
+DEFAULT_SMS = {8: 16}  # Of ranks that share one GPU. Others: 24.
 MAIN_WORKS = tuple(name for name in WORKS if name != "dispatch_rank_max")
 SMALL_WORKS = ("dispatch_rank", "dispatch_rank_max", "dispatch_rank_handle", "combine_rank")
 GRAPH_WORKS = ("dispatch_rank_max", "dispatch_rank_handle", "combine_rank")
@@ -29,6 +29,8 @@ SCALING_WORKS = ("dispatch_rank", "combine_rank", "dispatch_expert", "combine_ex
 
 class Bench:
     """Runs modes over teams; every rank calls the same methods."""
+
+    table: Mapping[str, Work] = WORKS
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.rank, self.world = start_rank()
@@ -68,8 +70,13 @@ class Bench:
 
     def sms(self, ranks: int) -> int:
         """SMs a rank uses, so that the kernels of all ranks run at the same time."""
-        wanted = self.options.sms.get(ranks) or self.options.sms.get(0) or DEFAULT_SMS.get(ranks, 24)
-        return max(1, min(wanted, self.sm_count // ranks))
+        default = DEFAULT_SMS.get(ranks_sharing(ranks, self.device), 24)
+        wanted = self.options.sms.get(ranks) or self.options.sms.get(0) or default
+        return min(wanted, self.most_sms(ranks))
+
+    def most_sms(self, ranks: int) -> int:
+        """An equal share of a GPU for each of the ranks on it."""
+        return max(1, self.sm_count // ranks_sharing(ranks, self.device))
 
     def works(self, names: Iterable[str]) -> list[str]:
         """Those of ``names`` that --works leaves."""
@@ -99,11 +106,13 @@ class Bench:
     ) -> Iterable[Row]:
         """Rows of works, each with every SM count of ``points``; one buffer for all that share its settings."""
         names, points = list(names), list(points)
-        for expand in dict.fromkeys(WORKS[name].expand for name in names):
+        for expand in dict.fromkeys(self.table[name].expand for name in names):
             session: Session | None = None
             unusable: Row = {}  # Why no buffer with these settings can be made.
             for sms in points:
-                for name in (n for n in names if WORKS[n].expand == expand):
+                for name in (n for n in names if self.table[n].expand == expand):
+                    if sms != points[0] and not self.table[name].uses_sms:
+                        continue
                     row: Row = {"work": name, "ranks": team.size, "sms": sms, "tokens": shape.tokens} | unusable
                     counts = None
                     try:
@@ -111,7 +120,7 @@ class Bench:
                             session = self.open(team, shape, max(points), expand)
                         if session is not None:
                             session.sms, counts = sms, session.data.counts
-                            row |= measure(session, name, schedule)
+                            row |= measure(session, self.table[name], schedule)
                     except (DoesNotFit, Failed) as error:
                         why = {"skipped" if isinstance(error, DoesNotFit) else "error": str(error)}
                         row |= why
@@ -179,7 +188,7 @@ class Bench:
             row = rows[name]
             try:
                 session = session or self.open(team, shape, sms)
-                row["graph"] = time_graph(session, name, schedule)
+                row["graph"] = time_graph(session, self.table[name], schedule)
                 row["launch_share"] = 1 - row["graph"]["us"] / row["us"] if "us" in row else None
                 said = f"graph {row['graph']['us']:.1f} us, launch share {row['launch_share'] or 0:.0%}"
             except (Failed, DoesNotFit) as error:
@@ -198,7 +207,7 @@ class Bench:
         for name in self.works(SMALL_WORKS):
             try:
                 session = session or self.open(team, Shape(**asdict(self.shape) | {"tokens": tokens}), sms)
-                found = count_launches(session, name)
+                found = count_launches(session, self.table[name])
             except (Failed, DoesNotFit) as error:
                 found = {"error": str(error)}
             if "error" in found and session is not None:
@@ -221,10 +230,10 @@ class Bench:
                 self.scale(kept["tokens"], size, shape, [self.sms(size)])
         self.report.header("Scaling with ranks")
         for size in range(1, min(self.world, MOST_SCALING_RANKS) + 1):
-            self.scale(kept["ranks"], size, self.shape, [min(16, self.sm_count // size)])
+            self.scale(kept["ranks"], size, self.shape, [min(16, self.most_sms(size))])
         self.report.header("Scaling with SMs")
         for size in self.sizes([2]):
-            points = [sms for sms in (2, 4, 8, 16, 24, 32, 48, 64) if sms * size <= self.sm_count]
+            points = [sms for sms in (2, 4, 8, 16, 24, 32, 48, 64) if sms <= self.most_sms(size)]
             self.scale(kept["sms"], size, self.shape, points)
 
     def scale(self, kept: list[Row], size: int, shape: Shape, points: list[int]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
-from common import gpu_facts, machine, write_json
+from common import gpu_facts, gpus_used, machine, write_json
 from throughput_data import Counts, Shape
 from throughput_measure import Row
 from throughput_targets import TARGET_GPU, TARGET_SHAPE, TARGETS
@@ -18,7 +18,7 @@ class Report:
     """Rank 0's table and JSON, complete after every row; silent on other ranks."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device, shape: Shape) -> None:
-        self.active, self._path = dist.get_rank() == 0, options.json
+        self.active, self._path, self._device = dist.get_rank() == 0, options.json, device
         self.results: Row = {
             "benchmark": "throughput",
             "machine": machine(),
@@ -30,6 +30,10 @@ class Report:
         }
         name = str(self.results["gpu"].get("name", ""))
         self._has_targets = TARGET_GPU in name and shape == TARGET_SHAPE
+
+    def gpus(self, ranks: int) -> int:
+        """GPUs that a group is dealt over. What is known of ranks on one GPU holds for 1 only."""
+        return gpus_used(ranks, self._device)
 
     def say(self, text: str) -> None:
         """Print now: what follows may not end."""
@@ -47,7 +51,8 @@ class Report:
         """Add what follows from a time: floor, ratio, targets."""
         if counts is None or "us" not in row:
             return row
-        work, bandwidth = WORKS[name], self.results["copy_bytes_per_s"] or float("nan")
+        work, gpus = WORKS[name], self.gpus(row["ranks"])
+        bandwidth = gpus * (self.results["copy_bytes_per_s"] or float("nan"))
         row["bytes"] = work.bytes(counts)
         row["floor_us"] = row["bytes"] / bandwidth * 1e6
         row["ratio"] = row["us"] / row["floor_us"]
@@ -55,7 +60,7 @@ class Report:
         if work.in_l2:
             row["floor_in_l2_us"] = work.in_l2(counts) / bandwidth * 1e6
         target = TARGETS.get(f"{row['ranks']}x{row['sms']}", {}).get(name)
-        if target and self._has_targets and row["tokens"] == TARGET_SHAPE.tokens:
+        if target and self._has_targets and gpus == 1 and row["tokens"] == TARGET_SHAPE.tokens:
             row |= {"bar_us": target.bar, "stretch_us": target.stretch, "deepep_v1_us": target.deepep}
             row["deepep_v1_beside"] = target.beside
             row["times_faster"] = target.deepep / row["us"] if target.deepep else None

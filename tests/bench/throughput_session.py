@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from common import ranks_sharing
 from throughput_data import Data, Shape
 from throughput_team import DoesNotFit, Failed, Team, tidy
 
@@ -16,16 +17,18 @@ from moe_ep_plugin.wire import num_scales
 
 
 class Session:
-    """One buffer of a team, with data.
+    """One buffer of a team, with data (a ``data_type``).
 
     Raises:
         DoesNotFit: The heap would be larger than allowed.
         Failed: The buffer could not be made.
     """
 
+    data_type = Data
+
     def __init__(self, team: Team, options: argparse.Namespace, shape: Shape, sms: int, expand: str = "auto") -> None:
         self.team, self.sms, self.expand, self.device = team, sms, expand, team.device
-        self.data = team.together(lambda: Data(team, shape))
+        self.data = team.together(lambda: self.data_type(team, shape))
         settings: dict[str, Any] = {
             "num_experts": shape.experts,
             "num_topk": shape.topk,
@@ -90,4 +93,4 @@ def heap_limit(options: argparse.Namespace, team: Team) -> int:
     limit = options.heaps_gb * 1e9
     if team.device.type == "cuda":
         limit = min(limit, 0.8 * torch.cuda.get_device_properties(team.device).total_memory)
-    return int(limit) // team.size
+    return int(limit) // ranks_sharing(team.size, team.device)

@@ -31,7 +31,12 @@ class Team:
     Args:
         groups: The first is the team's own. The others are for buffers, one after the other, as a start-up that one
             rank gives up leaves a group out of step.
+
+    Attributes:
+        collective_group: For a baseline's collectives of the device's tensors, if the benchmark has one.
     """
+
+    collective_group: Any = None
 
     def __init__(self, groups: list[Any], size: int, device: torch.device) -> None:
         self._group, *self._buffer_groups = groups

@@ -21,12 +21,14 @@ class Work:
         make: From a session: the call, and the check of what the call returns.
         expand: The setting of the buffer.
         in_l2: The bytes if staging stays in the L2 cache.
+        uses_sms: Whether the number of SMs that it is given makes a difference.
     """
 
     bytes: Callable[[Counts], int]
     make: Callable[[Session], tuple[Call, Callable[[Any], None]]]
     expand: str = "auto"
     in_l2: Callable[[Counts], int] | None = None
+    uses_sms: bool = True
 
 
 def dispatch_of(layout: str, wire: str = "bf16", reuse: bool = False, fixed: bool = False) -> Callable[..., Any]:
