@@ -27,13 +27,15 @@ struct LowCombineShared {
   std::uint8_t* lost;            // [num_ranks]
   std::uint8_t* ready;           // [num_ranks] whose rows are there when they have posted, or that are lost
   std::uint8_t* segment;         // [num_ranks] whether rows are in registered memory
+  std::uint8_t* some_segments;   // whether any are
   std::uint8_t* stages;          // rings of both parts: one is done with when the other begins
 
   __host__ __device__ static std::size_t fixed_bytes(const LowCombineParams& params) {
     const std::size_t ranks = static_cast<std::size_t>(params.low.group.num_ranks);
     const std::size_t words = 2 * ranks + static_cast<std::size_t>(params.pipeline.warps * params.pipeline.stages);
     return align_up(words * sizeof(void*) + CopyRing::kSideBytes +
-                        (static_cast<std::size_t>(params.low.num_local_experts) + 1) * sizeof(std::int32_t) + 4 * ranks,
+                        (static_cast<std::size_t>(params.low.num_local_experts) + 1) * sizeof(std::int32_t) +
+                        4 * ranks + 1,
                     128);
   }
   __host__ static std::size_t bytes(const LowCombineParams& params) {
@@ -55,6 +57,7 @@ struct LowCombineShared {
     lost = masked + ranks;
     ready = lost + ranks;
     segment = ready + ranks;
+    some_segments = segment + ranks;
     stages = base + fixed_bytes(params);
   }
 };
@@ -274,10 +277,29 @@ __device__ __noinline__ bool await_posts(const LowCombineParams& params, const L
   return __syncthreads_or(failed) == 0;
 }
 
+// The rows of `source`, which are in registered memory number `segment` - 1; `offset` is the word that says where in
+// it. One thread. False: this rank has failed. `memory` is all of shared memory, as in finish_reading(): references to
+// its parts would keep these in local memory, in all of the kernel.
+__device__ __noinline__ bool find_rows(const LowCombineParams& params, std::uint8_t* memory,
+                                       const std::uint64_t* offset, std::uint32_t sequence, int source,
+                                       std::uint32_t segment) {
+  const LowGroup& low = params.low;
+  if (source == low.group.rank) return true;
+  const LowCombineShared shared(memory, params);
+  const LowAwaited awaited{kKind, params.index, sequence, Step::kPost};
+  std::uint64_t seen = 0;
+  if (await_late_word(low, offset, awaited, source, seen) != Wait::kCame) return false;
+  shared.segment[source] = 1;
+  *shared.some_segments = 1;
+  shared.rows[source] = low.segments[source * kMostRowSegments + static_cast<int>(segment) - 1] +
+                        static_cast<std::size_t>(low_value(seen)) * 16;
+  return true;
+}
+
 // Waits for what all ranks post, and for their rows. Which ones bring nothing is in `lost` then, and where rows are in
 // `rows`. All threads; ends with a barrier. False: this rank has failed.
-__device__ bool await_rows(const LowCombineParams& params, const LowCombineShared& shared, std::uint32_t sequence,
-                           const LowPost& mine) {
+__device__ bool await_rows(const LowCombineParams& params, const LowCombineShared& shared, std::uint8_t* memory,
+                           std::uint32_t sequence, const LowPost& mine) {
   const LowGroup& low = params.low;
   const Group& group = low.group;
   constexpr int kWords = static_cast<int>(LowWord::kSegment) + 1;
@@ -307,12 +329,7 @@ __device__ bool await_rows(const LowCombineParams& params, const LowCombineShare
     }
     if (word == static_cast<int>(LowWord::kGaveUp) && value != 0) shared.lost[source] = 1;
     if (word == static_cast<int>(LowWord::kSegment) && value != 0 && low_lead(seen, sequence) == 0) {
-      if (source == group.rank) continue;
-      std::uint64_t offset = 0;
-      failed = await_word(low, posts + source * stride + word + 1, awaited, source, offset) != Wait::kCame || failed;
-      shared.segment[source] = 1;
-      shared.rows[source] = low.segments[source * kMostRowSegments + static_cast<int>(value) - 1] +
-                            static_cast<std::size_t>(low_value(offset)) * 16;
+      failed = !find_rows(params, memory, posts + source * stride + word + 1, sequence, source, value) || failed;
     }
     if (word >= kNumLowCompared || low_lead(seen, sequence) != 0) continue;
     const std::uint32_t here = reinterpret_cast<const std::uint32_t*>(&mine)[word];
@@ -335,8 +352,9 @@ __device__ bool await_rows(const LowCombineParams& params, const LowCombineShare
 
 // The end of a combine of which some rows are in registered memory: their owners are told that this rank has read them,
 // and this rank, if it owns some, waits until all others have. All threads of all blocks.
-__device__ __noinline__ void finish_reading(const LowCombineParams& params, const LowCombineShared& shared,
+__device__ __noinline__ void finish_reading(const LowCombineParams& params, std::uint8_t* memory,
                                             std::uint32_t sequence, bool waits) {
+  const LowCombineShared shared(memory, params);
   const LowGroup& low = params.low;
   const auto index = static_cast<std::size_t>(params.index);
   const int rank = low.group.rank;
@@ -357,10 +375,10 @@ __device__ __noinline__ void finish_reading(const LowCombineParams& params, cons
     }
     if (!waits) continue;
     std::uint64_t seen = 0;
-    await_word(low,
-               reinterpret_cast<const std::uint64_t*>(shared.heaps[rank] +
-                                                      low.layout.reads(index, static_cast<std::size_t>(other))),
-               awaited, other, seen);
+    await_late_word(low,
+                    reinterpret_cast<const std::uint64_t*>(shared.heaps[rank] +
+                                                           low.layout.reads(index, static_cast<std::size_t>(other))),
+                    awaited, other, seen);
   }
 }
 
@@ -423,10 +441,13 @@ __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_c
   }
   // Another kernel may fail at any time: one thread has looked, for all of the block.
   __shared__ std::uint32_t failed;
-  if (threadIdx.x == 0) failed = start.failed;
+  const bool registered = kCopies && !kQuantizes && start.registered != 0;
+  if (threadIdx.x == 0) {
+    failed = start.failed;
+    *shared.some_segments = registered ? 1 : 0;
+  }
   __syncthreads();
   if (failed != 0) return;
-  const bool registered = kCopies && !kQuantizes && start.registered != 0;
   const LowPost post{static_cast<std::uint32_t>(kOperation),
                      static_cast<std::uint32_t>(kQuantizes ? Element::kFloat8 : params.element),
                      static_cast<std::uint32_t>(params.topk),
@@ -463,7 +484,7 @@ __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_c
   }
   if ((params.halves & kLowReceive) == 0) return;
   prefetch_routes(params);
-  if (!await_rows(params, shared, sequence, post)) return;
+  if (!await_rows(params, shared, memory, sequence, post)) return;
   const LowJob job{params,      shared.lost,   params.num_tokens, params.topk,
                    params.topk, params.hidden, shared.rows,       params.out};
   if constexpr (kQuantizes) {
@@ -480,10 +501,7 @@ __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_c
               static_cast<int>(gridDim.x) * (kWarps - first));
   }
   if constexpr (!kQuantizes) {
-    bool some = registered;
-#pragma unroll 1
-    for (int rank = 0; rank < group.num_ranks && !some; ++rank) some = shared.segment[rank] != 0;
-    if (some) finish_reading(params, shared, sequence, registered);
+    if (*shared.some_segments != 0) finish_reading(params, memory, sequence, registered);
   }
 }
 
