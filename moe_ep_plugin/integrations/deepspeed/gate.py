@@ -13,6 +13,11 @@ import torch
 from deepspeed.moe.sharded_moe import TOPK_GATE_TIMER, TopKGate, gumbel_rsample, multiplicative_jitter
 from torch.nn import functional as F
 
+from .upstream import check_version
+
+# Until 0.19, the tokens that an expert keeps are those of the largest logits, where others count as 0.
+_DROPS_BY_LOGITS = check_version() < (0, 19)
+
 
 @dataclass(frozen=True)
 class Routes:
@@ -96,7 +101,8 @@ class RoutingGate(TopKGate):
         l_aux = _balance_loss(gates, counts) / self.k
         kept = None
         if self.drop_tokens:
-            candidates = torch.zeros_like(gates).scatter(1, chosen, chosen_gates.detach())
+            scores = logits.gather(1, chosen) if _DROPS_BY_LOGITS else chosen_gates
+            candidates = torch.zeros_like(gates).scatter(1, chosen, scores.detach())
             winners = candidates.topk(min(self._capacity(gates, self.k), len(gates)), dim=0, sorted=False)[1]
             kept = torch.zeros_like(gates, dtype=torch.bool).scatter_(0, winners, True).gather(1, chosen)
         return _normalised(gates, chosen, kept, l_aux, counts)

@@ -79,7 +79,7 @@ class EpMOELayer(MOELayer):
             with self._timed(SECOND_ALLTOALL_TIMER, "time_salltoall"):
                 output = dispatcher.combine(rows, sent.handle, topk_weights=sent.topk_weights)
             if split:
-                output = gather_tokens(output, dim=0)[:num_tokens]
+                output = gather_tokens(output.reshape(-1), dim=0).view(-1, x.shape[1])[:num_tokens]
             return output.reshape(hidden_states.shape)
 
     @contextlib.contextmanager
@@ -110,4 +110,5 @@ def _my_tokens(*tensors: torch.Tensor) -> list[torch.Tensor]:
     if missing:
         x, weights = (F.pad(tensor, (0, 0, 0, missing)) for tensor in (x, weights))
         experts = F.pad(experts, (0, 0, 0, missing), value=-1)
-    return [drop_tokens(tensor, dim=0) for tensor in (x, experts, weights)]
+    # Flat, because the gather of gradients in the backward of drop_tokens passes shapes that gloo refuses.
+    return [drop_tokens(tensor.reshape(-1), dim=0).view(-1, tensor.shape[1]) for tensor in (x, experts, weights)]
