@@ -30,7 +30,7 @@ $(READY): setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 # The newest versions import triton on any machine.
 megatron: $(READY)  ## Download the Megatron-Core versions that the tests run with, unless they are here
-	@$(BIN)/python tests/integrations/fetch_megatron.py
+	@$(BIN)/python tests/integrations/fetch_frameworks.py megatron
 	@$(BIN)/python -c 'import triton' 2>/dev/null || \
 	  $(BIN)/python -m pip install --disable-pip-version-check --retries 1 triton
 
