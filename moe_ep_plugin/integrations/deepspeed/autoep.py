@@ -21,7 +21,7 @@ from ...handle import DispatchHandle
 from ...wire import dequantize_blocks
 from ..patching import Installation
 from ..session import Session
-from .options import Options
+from .options import CONFIG_KEY, Options
 from .upstream import import_deepspeed
 
 
@@ -157,7 +157,11 @@ def serve_autoep(installation: Installation[Options]) -> None:
     layer = import_deepspeed("deepspeed.module_inject.auto_ep_layer")
     deepspeed_comm = import_deepspeed("deepspeed.comm")
     session = installation.session
-    ours = types.SimpleNamespace(ElasticBuffer=functools.partial(ElasticBuffer, session), topk_idx_t=torch.int64)
+    ours = types.SimpleNamespace(
+        ElasticBuffer=functools.partial(ElasticBuffer, session),
+        topk_idx_t=torch.int64,
+        SUPPORTED_DTYPES=SUPPORTED_DTYPES,
+    )
     find, refuse, barrier = comm._import_deep_ep, layer.assert_dtype_supported, deepspeed_comm.barrier
 
     @functools.wraps(find)
@@ -165,9 +169,9 @@ def serve_autoep(installation: Installation[Options]) -> None:
         return ours if session.options.autoep else find()
 
     @functools.wraps(refuse)
-    def assert_dtype_supported(dtype: torch.dtype) -> None:
+    def assert_dtype_supported(dtype: torch.dtype, *backend: str) -> None:
         if not session.options.autoep:
-            refuse(dtype)
+            refuse(dtype, *backend)
         elif dtype not in SUPPORTED_DTYPES:
             raise ConfigError.of("dtype of AutoEP's rows", dtype, f"it must be one of {SUPPORTED_DTYPES}", "choose one")
 
@@ -180,3 +184,6 @@ def serve_autoep(installation: Installation[Options]) -> None:
     installation.put(comm, "_import_deep_ep", import_deep_ep)
     installation.put(layer, "assert_dtype_supported", assert_dtype_supported)
     installation.put(deepspeed_comm, "barrier", barrier_of_devices)
+    if hasattr(comm, "COMM_MODULES"):
+        # A source tree with our patch has a name for us, beside which deep_ep itself can be used.
+        installation.put(comm, "COMM_MODULES", comm.COMM_MODULES | {CONFIG_KEY: ours})
