@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--steps", type=_count, default=200, help="steps of fine-tuning")
     training.add_argument("--lr", type=float, help=f"peak learning rate; default: {FULL_RATE}, with --lora {LORA_RATE}")
     training.add_argument("--eval-windows", type=_count, default=128, help="held-out windows, the same every time")
-    training.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=2, help="ZeRO stage")
+    training.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="ZeRO stage; default: 2, with --lora 0")
 
     parallel = parser.add_argument_group("expert parallelism")
     parallel.add_argument(
@@ -99,6 +99,8 @@ def parse_options(argv: list[str], num_ranks: int) -> argparse.Namespace:
         options.expert_parallel = num_ranks
     if options.lr is None:
         options.lr = LORA_RATE if options.lora else FULL_RATE
+    if options.zero is None:
+        options.zero = 0 if options.lora else 2
     ep = options.expert_parallel
     if num_ranks % ep:
         raise UsageError(f"--expert-parallel {ep}: it must divide the number of ranks, {num_ranks}")
@@ -114,6 +116,11 @@ def parse_options(argv: list[str], num_ranks: int) -> argparse.Namespace:
     for name in ("lr", "base_lr"):
         if not getattr(options, name) > 0:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(options, name)}: it must be above 0")
+    if options.lora and options.zero:
+        raise UsageError(
+            f"--lora with --zero {options.zero}: DeepSpeed shards the optimizer of a MoE model only if experts are "
+            "trained, and adapters leave them as they are; leave --zero out"
+        )
     if options.out.exists() and not options.out.is_dir():
         raise UsageError(f"--out {options.out}: it exists and is not a directory")
     if options.resume:
