@@ -67,7 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--steps", type=_count, default=200, help="steps of fine-tuning")
     training.add_argument("--lr", type=float, help=f"peak learning rate; default: {FULL_RATE}, with --lora {LORA_RATE}")
     training.add_argument("--eval-windows", type=_count, default=128, help="held-out windows, the same every time")
-    training.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="ZeRO stage; default: 2, with --lora 0")
+    training.add_argument(
+        "--zero",
+        type=int,
+        choices=(0, 1, 2, 3),
+        help="ZeRO stage; default: 2; with --lora, or where ranks share a GPU, 0",
+    )
 
     parallel = parser.add_argument_group("expert parallelism")
     parallel.add_argument(
@@ -99,8 +104,6 @@ def parse_options(argv: list[str], num_ranks: int) -> argparse.Namespace:
         options.expert_parallel = num_ranks
     if options.lr is None:
         options.lr = LORA_RATE if options.lora else FULL_RATE
-    if options.zero is None:
-        options.zero = 0 if options.lora else 2
     ep = options.expert_parallel
     if num_ranks % ep:
         raise UsageError(f"--expert-parallel {ep}: it must divide the number of ranks, {num_ranks}")

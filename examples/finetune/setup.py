@@ -32,8 +32,11 @@ def join(launch: Launch, options: argparse.Namespace) -> torch.device:
         torch.set_num_threads(max(1, cores // launch.num_local_ranks))
         integration.enable_cpu()
     integration.install(backend=options.backend)
-    # NCCL refuses two ranks on one GPU.
-    kind = "cpu:gloo,cuda:nccl" if on_gpu and launch.num_local_ranks <= torch.cuda.device_count() else "gloo"
+    # NCCL refuses two ranks on one GPU, and of GPU tensors gloo moves what all-reduces and broadcasts move.
+    shared = on_gpu and launch.num_local_ranks > torch.cuda.device_count()
+    kind = "cpu:gloo,cuda:nccl" if on_gpu and not shared else "gloo"
+    if options.zero is None:
+        options.zero = 0 if options.lora or shared else 2
     if "RANK" in os.environ:
         dist.init_process_group(kind)
     else:

@@ -97,13 +97,14 @@ def whole_state(engine: Any, expert_group: dist.ProcessGroup | None) -> Iterator
         if ".lora_" in name or (alias != name and alias in tensors):
             continue
         with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
-            value = tensor.detach().clone()
+            # On the CPU, where every process group can gather.
+            value = tensor.detach().cpu().clone()
         name = name.replace(".base_layer.", ".")
         if re.search(r"\.mlp\.experts\.w[123]$", name):
             parts = [torch.empty_like(value) for _ in range(dist.get_world_size(expert_group))]
             dist.all_gather(parts, value.contiguous(), group=expert_group)
             value = torch.cat(parts)
-        yield name.replace(".mlp.router.gate.", ".mlp.gate.").replace(".mlp.router.", ".mlp.gate."), value.cpu()
+        yield name.replace(".mlp.router.gate.", ".mlp.gate.").replace(".mlp.router.", ".mlp.gate."), value
 
 
 def export(engine: Any, config: Any, folder: Path, expert_group: dist.ProcessGroup | None) -> None:

@@ -177,9 +177,9 @@ def serve_autoep(installation: Installation[Options]) -> None:
 
     @functools.wraps(barrier)
     def barrier_of_devices(group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:
-        # AutoEP names the device of its tensors, and a CPU has no number.
-        numbered = device_ids if device_ids and None not in device_ids else None
-        return barrier(group=group, async_op=async_op, device_ids=numbered)
+        # AutoEP names the device of its tensors; a CPU has no number, and gloo takes none.
+        numbered = device_ids and None not in device_ids and dist.get_backend(group) != "gloo"
+        return barrier(group=group, async_op=async_op, device_ids=device_ids if numbered else None)
 
     installation.put(comm, "_import_deep_ep", import_deep_ep)
     installation.put(layer, "assert_dtype_supported", assert_dtype_supported)
