@@ -13,10 +13,11 @@ CPP_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -nam
 # Starts programs on a GPU machine: a process a rank by torchrun, and CUDA's MPS where ranks share a GPU.
 SHARE_GPU := $(BIN)/python -m moe_ep_plugin.share_gpu
 
-.PHONY: help venv megatron test test-gpu lint format types pretrain decode example bench bench-gpu bench-nvlink kernels tsan clean
+.PHONY: help venv megatron deepspeed test test-gpu lint format types pretrain finetune decode example bench \
+  bench-deepspeed bench-gpu bench-nvlink kernels tsan clean
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(READY)  ## Set up $(VENV): torch, this package (editable) and what tests and examples need
 
@@ -30,13 +31,18 @@ $(READY): setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 # The newest versions import triton on any machine.
 megatron: $(READY)  ## Download the Megatron-Core versions that the tests run with, unless they are here
-	@$(BIN)/python tests/integrations/fetch_megatron.py
+	@$(BIN)/python tests/integrations/fetch_frameworks.py megatron
 	@$(BIN)/python -c 'import triton' 2>/dev/null || \
 	  $(BIN)/python -m pip install --disable-pip-version-check --retries 1 triton
+
+deepspeed: $(READY)  ## Download the DeepSpeed versions that the tests run with, unless they are here
+	@$(BIN)/python tests/integrations/fetch_frameworks.py deepspeed
 
 test: $(READY)  ## All tests; ARGS="tests/test_wire.py -k nan" for some
 	@$(MAKE) --no-print-directory megatron || \
 	  echo "test: not everything for the Megatron tests could be downloaded; those that need it are skipped"
+	@$(MAKE) --no-print-directory deepspeed || \
+	  echo "test: not every DeepSpeed version could be downloaded; tests that need it are skipped"
 	$(BIN)/python -m pytest $(ARGS)
 
 test-gpu: $(READY)  ## Tests that need a GPU; options in ARGS
@@ -59,6 +65,9 @@ types: $(READY)  ## mypy on the package
 pretrain: $(READY)  ## Train a small MoE GPT with Megatron-Core, RANKS processes; options in ARGS
 	$(SHARE_GPU) --ranks $(RANKS) -- examples/pretrain_megatron_moe.py --save runs/pretrain/checkpoints $(ARGS)
 
+finetune: $(READY)  ## Fine-tune an MoE model with DeepSpeed AutoEP, RANKS processes; options in ARGS
+	$(SHARE_GPU) --ranks $(RANKS) -- examples/finetune_deepspeed_moe.py $(ARGS)
+
 decode: $(READY)  ## Generate text with what pretrain has trained, RANKS processes; options in ARGS
 	$(SHARE_GPU) --ranks $(RANKS) -- examples/decode_low_latency.py $(ARGS)
 
@@ -67,6 +76,9 @@ example: $(READY)  ## The API in thirty lines
 
 bench: $(READY)  ## Host backend against index-permute and gloo all-to-all
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) tests/bench/bench_host.py $(ARGS)
+
+bench-deepspeed: $(READY)  ## DeepSpeed's MoE layer on our dispatch against its own
+	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) tests/bench/bench_deepspeed.py $(ARGS)
 
 bench-gpu: RANKS = 8
 bench-gpu: BENCH ?= throughput

@@ -86,17 +86,27 @@ def _read(files: list[tuple[str, Path]], where: str) -> list[tuple[str, bytes]]:
     return texts
 
 
-def load_corpus(paths: list[str] | None) -> Corpus:
+def load_corpus(paths: list[str] | None, leave_out: str | None = None) -> Corpus:
     """Read files, or the Python standard library's own sources without ``paths``, and split them.
 
-    About a tenth of the files, chosen by a hash of their names, is held out: the choice depends neither on
-    where they lie nor on which other files there are. Of a single file, the last tenth is held out.
+    Args:
+        paths: Files and directories.
+        leave_out: Without ``paths``, a directory of the standard library that is not read.
 
     Raises:
         UsageError: A path is missing, can't be read, or holds no text.
     """
     files = _named_files(paths) if paths else _standard_library()
-    texts = _read(files, ", ".join(paths) if paths else "the standard library")
+    kept = [(name, path) for name, path in files if paths or name.split("/")[0] != leave_out]
+    return split_texts(_read(kept, ", ".join(paths) if paths else "the standard library"))
+
+
+def split_texts(texts: list[tuple[str, bytes]]) -> Corpus:
+    """Split named texts into those to train on and those to hold out.
+
+    About a tenth of the files, chosen by a hash of their names, is held out: the choice depends neither on
+    where they lie nor on which other files there are. Of a single file, the last tenth is held out.
+    """
     digest = hashlib.sha256()
     for name, content in texts:
         digest.update(f"{name}\0{len(content)}\0".encode() + content)

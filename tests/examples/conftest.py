@@ -14,5 +14,5 @@ from .programs import EXAMPLES
 def examples_on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     yield
-    for name in [n for n in sys.modules if n.split(".")[0] == "pretrain"]:
+    for name in [n for n in sys.modules if n.split(".")[0] in ("pretrain", "finetune")]:
         del sys.modules[name]

@@ -1,4 +1,4 @@
-"""Which Megatron-Core versions are here, and the measurements of one, made once."""
+"""Which framework versions are here, and the measurements of one, made once."""
 
 from __future__ import annotations
 
@@ -17,23 +17,31 @@ import pytest
 
 from tests.conftest import lacking
 
+from .fetch_frameworks import SOURCES, default_folder
+
 REPOSITORY = Path(__file__).parents[2]
-WHEELS = Path(os.environ.get("MEGATRON_WHEELS", REPOSITORY / ".cache" / "megatron"))
-VERSIONS = tuple(os.environ.get("MEGATRON_VERSIONS", "0.14.0 0.16.1 0.19.2").split())
+WHEELS = default_folder("megatron")
 JOB_SECONDS = 280
+
+Ranks = Callable[[str], list[dict[str, Any]]]
+
+
+def versions_of(framework: str) -> tuple[str, ...]:
+    """What to test with: $MEGATRON_VERSIONS or $DEEPSPEED_VERSIONS, else what CI fetches."""
+    chosen = os.environ.get(f"{framework.upper()}_VERSIONS")
+    return tuple(chosen.split()) if chosen else SOURCES[framework].versions
 
 
 @dataclass(frozen=True)
-class Megatron:
-    """An unpacked Megatron-Core wheel."""
+class Framework:
+    """An unpacked wheel."""
 
     version: str
     path: Path
 
     @property
-    def numbers(self) -> tuple[int, int]:
-        major, minor, *_ = self.version.split(".")
-        return int(major), int(minor)
+    def numbers(self) -> tuple[int, ...]:
+        return tuple(int(number) for number in self.version.split("."))
 
     def environment(self) -> dict[str, str]:
         paths = [str(REPOSITORY), str(self.path), os.environ.get("PYTHONPATH", "")]
@@ -57,6 +65,23 @@ class Megatron:
             check=False,
         )
 
+    def measure(self, program: str, *arguments: str) -> dict[str, Any]:
+        """What a program of this folder writes to the JSON file that it is given first."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "results.json"
+            done = self.python(str(Path(__file__).parent / program), str(path), *arguments, timeout=JOB_SECONDS)
+            assert done.returncode == 0 and path.exists(), done.stderr[-3000:]
+            results: dict[str, Any] = json.loads(path.read_text())
+        return results
+
+
+class Megatron(Framework):
+    """A Megatron-Core version."""
+
+
+class DeepSpeed(Framework):
+    """A DeepSpeed version."""
+
 
 def find_megatron(version: str) -> Megatron:
     path = WHEELS / version
@@ -68,26 +93,17 @@ def find_megatron(version: str) -> Megatron:
     return megatron
 
 
-@pytest.fixture(scope="session", params=VERSIONS)
-def megatron(request: pytest.FixtureRequest) -> Megatron:
-    """Every version that CI has."""
-    return find_megatron(request.param)
+def find_deepspeed(version: str) -> DeepSpeed:
+    path = default_folder("deepspeed") / version
+    if not (path / "deepspeed").is_dir():
+        lacking(f"no deepspeed {version} in {path.parent}: run make deepspeed")
+    if importlib.util.find_spec("hjson") is None:
+        lacking("the packages that deepspeed imports are not installed: pip install '.[deepspeed]'")
+    return DeepSpeed(version, path)
 
 
-@pytest.fixture(scope="session")
-def measured(megatron: Megatron) -> dict[str, Any]:
-    """What ``megatron_jobs.py`` measured with this version."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "results.json"
-        done = megatron.python(str(Path(__file__).parent / "megatron_jobs.py"), str(path), timeout=JOB_SECONDS)
-        assert done.returncode == 0 and path.exists(), done.stderr[-3000:]
-        results: dict[str, Any] = json.loads(path.read_text())
-    return results
-
-
-@pytest.fixture(scope="session")
-def ranks_of(measured: dict[str, Any]) -> Callable[[str], list[dict[str, Any]]]:
-    """``ranks_of("world2")``: the measurements of each rank; fails with the traceback of a rank that failed."""
+def ranks_getter(measured: dict[str, Any]) -> Ranks:
+    """``get("world2")``: the measurements of each rank; fails with the traceback of a rank that failed."""
 
     def get(world: str) -> list[dict[str, Any]]:
         errors = [f"rank {i}: {rank['error']}" for i, rank in enumerate(measured[world]) if "error" in rank]
@@ -96,3 +112,33 @@ def ranks_of(measured: dict[str, Any]) -> Callable[[str], list[dict[str, Any]]]:
         return list(measured[world])
 
     return get
+
+
+@pytest.fixture(scope="session", params=versions_of("megatron"))
+def megatron(request: pytest.FixtureRequest) -> Megatron:
+    """Every version that CI has."""
+    return find_megatron(request.param)
+
+
+@pytest.fixture(scope="session")
+def measured(megatron: Megatron) -> dict[str, Any]:
+    """What ``megatron_jobs.py`` measured with this version."""
+    return megatron.measure("megatron_jobs.py")
+
+
+@pytest.fixture(scope="session")
+def ranks_of(measured: dict[str, Any]) -> Ranks:
+    return ranks_getter(measured)
+
+
+@pytest.fixture(scope="session", params=versions_of("deepspeed"))
+def deepspeed(request: pytest.FixtureRequest) -> DeepSpeed:
+    """Every version that CI has."""
+    return find_deepspeed(request.param)
+
+
+@pytest.fixture(scope="session")
+def deepspeed_ranks(deepspeed: DeepSpeed) -> Ranks:
+    """What ``deepspeed_jobs.py`` measured with this version; with the newest, in all combinations."""
+    newest = deepspeed.version == versions_of("deepspeed")[-1]
+    return ranks_getter(deepspeed.measure("deepspeed_jobs.py", *(["whole"] if newest else [])))

@@ -10,13 +10,9 @@ from __future__ import annotations
 
 import gc
 import json
-import multiprocessing
 import os
 import sys
-import tempfile
-import traceback
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 warnings.filterwarnings("ignore")
@@ -37,6 +33,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 
 from moe_ep_plugin.config import MAX_TOPK  # noqa: E402
 from moe_ep_plugin.errors import ConfigError  # noqa: E402
+from tests.integrations.worlds import world  # noqa: E402
 
 BACKEND = os.environ.get("MOE_EP_TEST_BACKEND", "auto")
 EXPERTS, TOPK, HIDDEN = 8, 2, 32
@@ -494,38 +491,14 @@ def world4() -> dict[str, Any]:
     return out
 
 
-def _rank(rank: int, size: int, job: Callable[[], dict[str, Any]], folder: str) -> None:
-    try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-        result = job()
-        install().close()
-        dist.barrier()
-        dist.destroy_process_group()
-    except BaseException:
-        result = {"error": traceback.format_exc()}
-    with open(f"{folder}/{rank}.json", "w") as file:
-        json.dump(result, file)
+def start(rank: int, size: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
 
 
-def world(size: int, job: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
-    """Run ``job`` on ``size`` forked ranks; returns their results."""
-    fork = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [fork.Process(target=_rank, args=(rank, size, job, folder)) for rank in range(size)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        results = []
-        for rank in range(size):
-            path = f"{folder}/{rank}.json"
-            lost = {"error": f"rank {rank} left no result, exit code {ranks[rank].exitcode}"}
-            if not os.path.exists(path):
-                results.append(lost)
-                continue
-            with open(path) as file:
-                results.append(json.load(file))
-    return results
+def finish() -> None:
+    install().close()
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def main(path: str) -> None:
@@ -535,8 +508,8 @@ def main(path: str) -> None:
     results = {
         "version": __version__,
         "idempotent": install() is session and install(backend=BACKEND) is session,
-        "world2": world(2, world2),
-        "world4": world(4, world4),
+        "world2": world(2, world2, start, finish),
+        "world4": world(4, world4, start, finish),
     }
     with open(path, "w") as file:
         json.dump(results, file)

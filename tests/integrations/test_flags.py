@@ -14,7 +14,7 @@ import torch
 from moe_ep_plugin import BackendUnavailable, ConfigError
 from moe_ep_plugin.integrations.megatron import add_arguments, enable_cpu, flags, install, rewrite_argv
 from moe_ep_plugin.integrations.megatron.options import Options
-from moe_ep_plugin.integrations.megatron.session import Session
+from moe_ep_plugin.integrations.session import Session
 from tests.conftest import lacking
 
 from .conftest import WHEELS, Megatron, find_megatron

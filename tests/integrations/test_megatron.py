@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from .conftest import Megatron
-
-Ranks = Callable[[str], list[dict[str, Any]]]
+from .conftest import Megatron, Ranks
 
 
 def worst(one: list[float], other: list[float]) -> float:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from .conftest import REPOSITORY, WHEELS
+from .conftest import REPOSITORY, WHEELS, DeepSpeed, find_deepspeed
 
 LINES = ("0.14", "0.15", "0.16", "0.17", "0.18", "0.19")
 TARGET = "megatron/training/arguments.py"
+DEEPSPEED_PATCH = REPOSITORY / "patches" / "deepspeed-0.19.8.patch"
 
 
 def patch_of(line: str) -> Path:
@@ -39,7 +41,7 @@ def apply_and_compile(line: str, text: str, folder: Path) -> str:
 
 def test_every_line_has_a_patch_and_the_readme_names_it() -> None:
     names = {path.name for path in (REPOSITORY / "patches").glob("*.patch")}
-    assert names == {patch_of(line).name for line in LINES}
+    assert names == {patch_of(line).name for line in LINES} | {DEEPSPEED_PATCH.name}
     readme = (REPOSITORY / "patches" / "README.md").read_text()
     assert all(name in readme for name in names)
 
@@ -88,3 +90,24 @@ def test_patches_apply_to_release_tags(line: str, tmp_path: Path) -> None:
         folder = tmp_path / tag
         folder.mkdir()
         apply_and_compile(line, git("show", f"{tag}:{TARGET}", cwd=Path(source)).stdout, folder)
+
+
+def test_deepspeed_patch_applies_and_its_registry_works(tmp_path: Path) -> None:
+    released = find_deepspeed("0.19.8")
+    shutil.copytree(released.path / "deepspeed", tmp_path / "deepspeed", ignore=shutil.ignore_patterns("__pycache__"))
+    changed = [f"deepspeed/module_inject/auto_ep_{part}.py" for part in ("comm", "config", "layer")]
+    before = {name: (tmp_path / name).read_text() for name in changed}
+    applied = git("apply", str(DEEPSPEED_PATCH), cwd=tmp_path, check=False)
+    assert applied.returncode == 0, applied.stderr
+    assert all((tmp_path / name).read_text() != text for name, text in before.items())
+
+    found = DeepSpeed("0.19.8", tmp_path).measure("deepspeed_jobs.py", "registry")
+    for rank in found["registry"]:
+        assert "error" not in rank, rank["error"]
+        # fp32, where sums of two rows are the same in either order.
+        assert rank["comm"] == pytest.approx(rank["moe_ep_plugin"], abs=1e-5) and len(rank["comm"]) == 4
+        assert rank["dispatches"] > 0
+        assert "comm_backend must be one of ('comm', 'deepep')" in rank["uninstalled"]
+
+    git("apply", "--reverse", str(DEEPSPEED_PATCH), cwd=tmp_path)
+    assert all((tmp_path / name).read_text() == text for name, text in before.items())

@@ -5,11 +5,11 @@ script: ``python -m moe_ep_plugin.integrations.megatron script.py --moe-token-di
 package does not import Megatron-Core.
 """
 
+from ..session import Session
 from .cpu import enable_cpu
 from .flags import add_arguments, rewrite_argv
 from .install import current_session, install, statistics, uninstall
 from .options import Options
-from .session import Session
 
 __all__ = [
     "Options",

@@ -12,8 +12,9 @@ from ...config import MAX_TOPK
 from ...dispatcher import TokenDispatcher
 from ...errors import ConfigError
 from ...handle import DispatchHandle
+from ..session import Session
+from .options import Options
 from .routing import topk_routing
-from .session import Session
 
 
 class CommManager:
@@ -32,7 +33,7 @@ class CommManager:
     """
 
     def __init__(
-        self, session: Session, group: Any, *, num_experts: int, width: int, params_dtype: torch.dtype
+        self, session: Session[Options], group: Any, *, num_experts: int, width: int, params_dtype: torch.dtype
     ) -> None:
         self.session = session
         self.group = group
@@ -101,7 +102,12 @@ class DeepepTokenDispatcher(MoETokenDispatcher):
     """
 
     def __init__(
-        self, num_local_experts: int, local_expert_indices: list[int], config: Any, session: Session, **groups: Any
+        self,
+        num_local_experts: int,
+        local_expert_indices: list[int],
+        config: Any,
+        session: Session[Options],
+        **groups: Any,
     ) -> None:
         super().__init__(config=config, **groups)
         self.num_local_experts = num_local_experts

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ...errors import BackendUnavailable
+from ..patching import Installation
+from ..session import Session
 from .options import Options
-from .session import Session
 from .upstream import define_missing_names, import_megatron
 
 OLDEST = (0, 14)
@@ -34,29 +35,12 @@ class DispatcherType(str):
         return super().__new__(cls, value)
 
 
-class Installation:
-    """What stands in Megatron's modules while we are installed, with what stood there before.
+class MegatronInstallation(Installation[Options]):
+    """Our changes in Megatron's modules.
 
     It replaces ``MoEFlexTokenDispatcher`` in Megatron's MoE layer module, so the installation is found where it
     acts and nowhere else.
     """
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self._undo: list[tuple[Any, str, Any]] = []
-
-    def put(self, owner: Any, name: str, value: Any) -> Any:
-        """Set ``owner.name``, remembering and returning what was there."""
-        before = getattr(owner, name)
-        self._undo.append((owner, name, before))
-        setattr(owner, name, value)
-        return before
-
-    def remove(self) -> None:
-        """Restore everything and close the buffers."""
-        while self._undo:
-            setattr(*self._undo.pop())
-        self.session.close()
 
     def __call__(self, num_local_experts: int, local_expert_indices: list[int], config: Any, **groups: Any) -> Any:
         """Make the dispatcher of a layer of type flex: ours if its config says so."""
@@ -69,7 +53,7 @@ class Installation:
     upstream: Callable[..., Any]
 
 
-def install(**options: Any) -> Session:
+def install(**options: Any) -> Session[Options]:
     """Let ``TransformerConfig(moe_token_dispatcher_type="deepep")`` mean our dispatcher. Idempotent.
 
     Call it before configs are made. Layers of other types are not touched. A second call returns the same
@@ -92,7 +76,7 @@ def install(**options: Any) -> Session:
         return present.session
     session = Session(Options())
     session.configure(**options)
-    installation = Installation(session)
+    installation = MegatronInstallation(session)
     define_missing_names()
     moe_layer = import_megatron("megatron.core.transformer.moe.moe_layer")
     _accept_type(installation)
@@ -108,7 +92,7 @@ def uninstall() -> None:
         present.remove()
 
 
-def current_session() -> Session | None:
+def current_session() -> Session[Options] | None:
     """The session of :func:`install`, None when not installed."""
     present = _installation()
     return None if present is None else present.session
@@ -138,14 +122,14 @@ def check_version() -> str:
     return version
 
 
-def _installation() -> Installation | None:
+def _installation() -> MegatronInstallation | None:
     # A module that nobody has imported has not been changed by us.
     moe_layer = sys.modules.get("megatron.core.transformer.moe.moe_layer")
     found = getattr(moe_layer, "MoEFlexTokenDispatcher", None)
-    return found if isinstance(found, Installation) else None
+    return found if isinstance(found, MegatronInstallation) else None
 
 
-def _accept_type(installation: Installation) -> None:
+def _accept_type(installation: MegatronInstallation) -> None:
     config_class = importlib.import_module("megatron.core.transformer.transformer_config").TransformerConfig
     validate = config_class.__post_init__
 
@@ -171,7 +155,7 @@ def _accept_type(installation: Installation) -> None:
     installation.put(config_class, "__post_init__", post_init)
 
 
-def _keep_expert_inputs(installation: Installation) -> None:
+def _keep_expert_inputs(installation: MegatronInstallation) -> None:
     """Stop the 1F1B overlap from freeing the experts' input.
 
     It frees what a dispatcher's postprocess copied from. Ours copies nothing: the rows that came are what the

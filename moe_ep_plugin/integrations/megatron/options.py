@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ...types import BackendName, Expand, Wire
+from ..options import BufferOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """Settings of every buffer that the MoE layers make; equal on every rank. See :class:`EpConfig`.
+class Options(BufferOptions):
+    """Settings of every buffer, and which layers are served.
 
     Attributes:
-        backend: How bytes move.
-        wire: ``"fp8"`` quantises rows while they are sent and dequantises them for the experts.
-        power_of_two_scales: FP8 scales rounded up to powers of two.
-        expand: How expert-major rows are made.
-        host_threads: Copy threads a rank uses on the host backend.
-        num_sms: SMs that communication kernels may use; no effect on the CPU backends.
-        pool_bytes: Most bytes for leased rows.
-        shm_dir: Directory of a tmpfs that the host backend takes memory from.
-        timeout_s: Longest wait for a peer, in seconds. The default is that of Megatron's own process groups: one
-            rank may write a checkpoint or compile for minutes while the others wait in their next MoE layer.
-        max_tokens_per_rank: Most tokens that a rank brings to one MoE layer, in training and in evaluation.
-            None: the next power of two from twice the largest count over ranks in the first forward. A token
-            with more than 32 experts (padding to capacity) counts once per 32.
         take_flex: Serve layers of type ``"flex"`` too, not only ``"deepep"``. The command line needs it,
             where Megatron's own parser knows no other value.
     """
 
-    backend: BackendName = field(default="auto", metadata={"help": "auto | host | cuda | collective"})
-    wire: Wire = field(default="bf16", metadata={"help": "bf16 (unquantised) | fp8"})
-    power_of_two_scales: bool = False
-    expand: Expand = "auto"
-    host_threads: int | None = field(default=None, metadata={"help": "copy threads per rank, host backend"})
-    num_sms: int | None = field(default=None, metadata={"help": "SMs for communication kernels, GPU only"})
-    pool_bytes: int | None = field(default=None, metadata={"help": "most bytes for leased rows"})
-    shm_dir: str = field(default="/dev/shm", metadata={"help": "directory of a tmpfs, host backend"})
-    timeout_s: float = field(default=600.0, metadata={"help": "longest wait for a peer, seconds"})
-    max_tokens_per_rank: int | None = field(default=None, metadata={"help": "most tokens a rank brings to a layer"})
     take_flex: bool = False
+
+    def how_to_take(self, num_tokens: int) -> str:
+        """What a user does to let a rank bring ``num_tokens`` tokens to a layer."""
+        return f"start with --moe-ep-max-tokens-per-rank {num_tokens}, or {super().how_to_take(num_tokens)}"

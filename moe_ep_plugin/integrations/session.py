@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from ...bootstrap import exchange, group_rank_and_size
-from ...buffer import EpBuffer
-from ...config import EpConfig
-from ...dispatcher import TokenDispatcher
-from ...errors import ConfigError
-from .options import Options
+from ..bootstrap import exchange, group_rank_and_size
+from ..buffer import EpBuffer
+from ..config import EpConfig
+from ..dispatcher import TokenDispatcher
+from ..errors import ConfigError
+from .options import BufferOptions
+
+OptionsT = TypeVar("OptionsT", bound=BufferOptions)
 
 _Key = tuple[dist.ProcessGroup | None, int, int, int, torch.dtype]
 
 
-class Session:
+class Session(Generic[OptionsT]):
     """Options and buffers of one :func:`install`.
 
     Layers that agree on group, experts, top-k, hidden size and dtype share a buffer: MoE layers run one
     after the other, so one heap serves a whole model.
     """
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: OptionsT) -> None:
         self.options = options
         self._dispatchers: dict[_Key, TokenDispatcher] = {}
+        self._buffers: list[EpBuffer] = []
 
     def configure(self, **changes: Any) -> None:
         """Change options.
@@ -39,9 +42,12 @@ class Session:
             options = replace(self.options, **changes)
         except TypeError as error:
             raise ConfigError.of(
-                "install()", f"called with {sorted(changes)}", f"{error}", f"use fields of {Options.__name__}"
+                "install()",
+                f"called with {sorted(changes)}",
+                f"{error}",
+                f"use fields of {type(self.options).__name__}",
             ) from error
-        if options != self.options and self._dispatchers:
+        if options != self.options and self._buffers:
             raise ConfigError.of(
                 "install()",
                 f"called with {changes}",
@@ -84,27 +90,39 @@ class Session:
                 "the number of tokens that this rank brings to a MoE layer",
                 num_tokens,
                 f"its buffer takes {limit}, which {sized}",
-                f"start with --moe-ep-max-tokens-per-rank {num_tokens}, or install(max_tokens_per_rank={num_tokens}): "
-                "at least the largest micro-batch of training and evaluation",
+                f"{self.options.how_to_take(num_tokens)}: at least the largest micro-batch of training and evaluation",
             )
         return dispatcher
 
     def _make(self, key: _Key, num_tokens: int) -> TokenDispatcher:
         group, num_experts, num_topk, hidden, dtype = key
-        options = self.options
-        limit = options.max_tokens_per_rank
+        limit = self.options.max_tokens_per_rank
         if limit is None:
             _, num_ranks = group_rank_and_size(group)
-            counts = exchange(group, num_ranks, {"num_tokens": num_tokens}, options.timeout_s, "the first MoE dispatch")
+            timeout_s = self.options.timeout_s
+            counts = exchange(group, num_ranks, {"num_tokens": num_tokens}, timeout_s, "the first MoE dispatch")
             most = max(int(message["num_tokens"]) for message in counts)
             # Micro-batches and evaluation batches differ in length; twice the first covers the usual spread.
             limit = 1 << max(2 * most - 1, 1).bit_length()
-        config = EpConfig(
+        buffer = self.open_buffer(
+            group,
             num_experts=num_experts,
             num_topk=num_topk,
             hidden=hidden,
-            max_tokens_per_rank=limit,
             dtype=dtype,
+            max_tokens_per_rank=limit,
+        )
+        return TokenDispatcher(buffer)
+
+    def open_buffer(self, group: dist.ProcessGroup | None, **shape: Any) -> EpBuffer:
+        """A buffer of its own with the session's options; collective over ``group``.
+
+        Args:
+            group: Ranks that share the experts.
+            shape: The fields of :class:`EpConfig` that options don't set.
+        """
+        options = self.options
+        config = EpConfig(
             backend=options.backend,
             wire=options.wire,
             power_of_two_scales=options.power_of_two_scales,
@@ -114,13 +132,21 @@ class Session:
             pool_bytes=options.pool_bytes,
             shm_dir=options.shm_dir,
             timeout_s=options.timeout_s,
+            **shape,
         )
-        return TokenDispatcher(EpBuffer(group, config))
+        buffer = EpBuffer(group, config)
+        self._buffers.append(buffer)
+        return buffer
+
+    def close_buffer(self, buffer: EpBuffer) -> None:
+        """Close a buffer of :meth:`open_buffer`; collective over its group, idempotent."""
+        buffer.close()
+        self._buffers = [other for other in self._buffers if other is not buffer]
 
     @property
     def buffers(self) -> list[EpBuffer]:
         """Open buffers, in the order they were made."""
-        return [dispatcher.buffer for dispatcher in self._dispatchers.values()]
+        return list(self._buffers)
 
     def statistics(self) -> dict[str, Any]:
         """Totals over the open buffers of this rank, for reports.
@@ -141,5 +167,6 @@ class Session:
 
     def close(self) -> None:
         """Close every buffer; idempotent. Layers make new ones if they run again."""
-        while self._dispatchers:
-            self._dispatchers.popitem()[1].buffer.close()
+        self._dispatchers.clear()
+        while self._buffers:
+            self._buffers.pop().close()

@@ -1,0 +1,1 @@
+"""Parts of ``finetune_deepspeed_moe.py``: one file for each thing that the job does."""

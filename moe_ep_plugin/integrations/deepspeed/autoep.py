@@ -1,0 +1,189 @@
+"""AutoEP's communication backend ``"deepep"``, served by our buffers.
+
+AutoEP asks a module named deep_ep for an ``ElasticBuffer``; while we are installed it is given one that has the
+methods and attributes that AutoEP uses, on CPUs and GPUs, in fp32, bf16 and fp16.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ...buffer import EpBuffer
+from ...config import SUPPORTED_DTYPES
+from ...errors import ConfigError
+from ...handle import DispatchHandle
+from ...wire import dequantize_blocks
+from ..patching import Installation
+from ..session import Session
+from .options import CONFIG_KEY, Options
+from .upstream import import_deepspeed
+
+
+@dataclass(frozen=True, eq=False)
+class ElasticHandle:
+    """What AutoEP reads of a dispatch's handle.
+
+    Attributes:
+        routing: Our own handle.
+        topk_idx: int64 [num_tokens, num_topk] as dispatched.
+        num_expanded_tokens: Rows received.
+        psum_num_recv_tokens_per_expert: int32 [num_local_experts]: rows received up to and with each local expert.
+        do_expand: Rows are grouped by expert, one for every (token, expert).
+    """
+
+    routing: DispatchHandle
+    topk_idx: torch.Tensor
+    num_expanded_tokens: int
+    psum_num_recv_tokens_per_expert: torch.Tensor
+    do_expand: bool = True
+
+
+class ElasticBuffer:
+    """Dispatch and combine as AutoEP calls them.
+
+    Memory is taken at the first dispatch, when the rows' dtype is known.
+
+    Args:
+        session: Installation that owns the memory.
+        group: The expert-parallel group.
+        num_max_tokens_per_rank: Most tokens of one dispatch.
+        hidden: Elements of a row.
+        num_topk: Experts of a token.
+        unused: Settings of networks that our buffers don't have.
+    """
+
+    def __init__(
+        self,
+        session: Session[Options],
+        group: dist.ProcessGroup,
+        *,
+        num_max_tokens_per_rank: int,
+        hidden: int,
+        num_topk: int,
+        **unused: Any,
+    ) -> None:
+        self._session = session
+        self._group = group
+        self._shape = {"max_tokens_per_rank": num_max_tokens_per_rank, "hidden": hidden, "num_topk": num_topk}
+        self._buffer: EpBuffer | None = None
+
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        *,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        num_experts: int | None = None,
+        handle: ElasticHandle | None = None,
+        do_expand: bool = True,
+        expert_alignment: int = 1,
+        num_sms: int = 0,
+    ) -> tuple[torch.Tensor, None, torch.Tensor | None, ElasticHandle, None]:
+        """Send [num_tokens, hidden], anew or along an earlier dispatch's routing.
+
+        Returns:
+            Rows grouped by local expert, None, their weights fp32 [num_rows] (None if none were sent), the handle,
+            None.
+        """
+        if not do_expand or expert_alignment != 1:
+            raise ConfigError.of(
+                "dispatch of AutoEP's backend",
+                f"called with do_expand={do_expand}, expert_alignment={expert_alignment}",
+                "rows are grouped by expert without padding",
+                "use a DeepSpeed version that moe_ep_plugin supports",
+            )
+        buffer = self._open(num_experts, x.dtype) if handle is None else self._opened()
+        out = buffer.dispatch(
+            x.contiguous(),
+            topk_idx,
+            topk_weights,
+            handle=None if handle is None else handle.routing,
+            # Gradients, which come without weights, cross unquantised whatever the forward wire is.
+            wire=None if topk_weights is not None else "bf16",
+            num_sms=_sms(buffer, num_sms),
+        )
+        if handle is None:
+            assert topk_idx is not None
+            places = out.tokens_per_expert.cumsum(0).to(device=x.device, dtype=torch.int32)
+            handle = ElasticHandle(out.handle, topk_idx, out.handle.num_rows, places)
+        rows = out.x if out.scale is None else dequantize_blocks(out.x, out.scale, x.dtype)
+        return rows, None, out.topk_weights, handle, None
+
+    def combine(
+        self, rows: torch.Tensor, *, handle: ElasticHandle, topk_weights: torch.Tensor | None = None, num_sms: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        """Bring [num_rows, hidden] back as sums; ``topk_weights`` [num_rows] travel beside and weigh nothing.
+
+        Returns:
+            [num_tokens, hidden], fp32 [num_tokens, num_topk] or None, None.
+        """
+        buffer = self._opened()
+        values = None if topk_weights is None else topk_weights.float().reshape(-1)
+        out = buffer.combine_with_values(
+            rows.contiguous(), handle.routing, row_values=values, num_sms=_sms(buffer, num_sms)
+        )
+        return out.x, out.row_values, None
+
+    def destroy(self) -> None:
+        """Give the memory back; collective, idempotent."""
+        if self._buffer is not None:
+            self._session.close_buffer(self._buffer)
+            self._buffer = None
+
+    def _open(self, num_experts: int | None, dtype: torch.dtype) -> EpBuffer:
+        if self._buffer is None:
+            self._buffer = self._session.open_buffer(self._group, num_experts=num_experts, dtype=dtype, **self._shape)
+        return self._buffer
+
+    def _opened(self) -> EpBuffer:
+        assert self._buffer is not None, "a handle comes from a dispatch"
+        return self._buffer
+
+
+def _sms(buffer: EpBuffer, num_sms: int) -> int | None:
+    """AutoEP's ``comm_num_sm``, unless the options have a number; it has no meaning on CPU backends."""
+    return num_sms if buffer.backend == "cuda" and buffer.config.num_sms is None and num_sms > 0 else None
+
+
+def serve_autoep(installation: Installation[Options]) -> None:
+    """Give our buffers to AutoEP layers of backend ``"deepep"``."""
+    comm = import_deepspeed("deepspeed.module_inject.auto_ep_comm")
+    layer = import_deepspeed("deepspeed.module_inject.auto_ep_layer")
+    deepspeed_comm = import_deepspeed("deepspeed.comm")
+    session = installation.session
+    ours = types.SimpleNamespace(
+        ElasticBuffer=functools.partial(ElasticBuffer, session),
+        topk_idx_t=torch.int64,
+        SUPPORTED_DTYPES=SUPPORTED_DTYPES,
+    )
+    find, refuse, barrier = comm._import_deep_ep, layer.assert_dtype_supported, deepspeed_comm.barrier
+
+    @functools.wraps(find)
+    def import_deep_ep() -> Any:
+        return ours if session.options.autoep else find()
+
+    @functools.wraps(refuse)
+    def assert_dtype_supported(dtype: torch.dtype, *backend: str) -> None:
+        if not session.options.autoep:
+            refuse(dtype, *backend)
+        elif dtype not in SUPPORTED_DTYPES:
+            raise ConfigError.of("dtype of AutoEP's rows", dtype, f"it must be one of {SUPPORTED_DTYPES}", "choose one")
+
+    @functools.wraps(barrier)
+    def barrier_of_devices(group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:
+        # AutoEP names the device of its tensors; a CPU has no number, and gloo takes none.
+        numbered = device_ids and None not in device_ids and dist.get_backend(group) != "gloo"
+        return barrier(group=group, async_op=async_op, device_ids=device_ids if numbered else None)
+
+    installation.put(comm, "_import_deep_ep", import_deep_ep)
+    installation.put(layer, "assert_dtype_supported", assert_dtype_supported)
+    installation.put(deepspeed_comm, "barrier", barrier_of_devices)
+    if hasattr(comm, "COMM_MODULES"):
+        # A source tree with our patch has a name for us, beside which deep_ep itself can be used.
+        installation.put(comm, "COMM_MODULES", comm.COMM_MODULES | {CONFIG_KEY: ours})

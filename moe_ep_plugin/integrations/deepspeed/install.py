@@ -1,0 +1,182 @@
+"""Putting our dispatch into DeepSpeed's MoE layers, and taking it out again."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ...errors import ConfigError
+from ..patching import Installation
+from ..session import Session
+from .options import CONFIG_KEY, Options
+from .upstream import AUTOEP_BACKENDS_SINCE, check_version, import_deepspeed
+
+_MARK = "moe_ep_installation"
+
+
+def install(**options: Any) -> Session[Options]:
+    """Let DeepSpeed's MoE layers dispatch without capacity, and serve AutoEP's backend ``"deepep"``. Idempotent.
+
+    Native layers (``deepspeed.moe.layer.MoE``) that are built afterwards are ours; for a model that is built already
+    see :func:`convert`. ``deepspeed.initialize`` then also reads the section ``"moe_ep_plugin"`` of its config: the
+    fields of :class:`Options`, and ``"enabled"`` (true unless given), which converts the native layers of the model,
+    or gives them back to DeepSpeed where it is false. A second call returns the same session, with the options given
+    changed.
+
+    Args:
+        options: Fields of :class:`Options`.
+
+    Returns:
+        The session: ``statistics()``, ``close()``.
+
+    Raises:
+        BackendUnavailable: DeepSpeed is missing, or of a version that was not tested.
+        ConfigError: An option is unknown, or is changed while buffers are open.
+    """
+    version = check_version()
+    present = _installation()
+    if present is not None:
+        present.session.configure(**options)
+        return present.session
+    session = Session(Options())
+    session.configure(**options)
+    installation = Installation(session)
+    _convert_new_layers(installation)
+    _prepare_engines(installation)
+    if version >= AUTOEP_BACKENDS_SINCE:
+        from .autoep import serve_autoep
+
+        serve_autoep(installation)
+    return session
+
+
+def uninstall() -> None:
+    """Undo :func:`install` and close the buffers; no-op when not installed. Layers made ours before stop working."""
+    present = _installation()
+    if present is not None:
+        present.remove()
+
+
+def current_session() -> Session[Options] | None:
+    """The session of :func:`install`, None when not installed."""
+    present = _installation()
+    return None if present is None else present.session
+
+
+def statistics() -> dict[str, Any]:
+    """:meth:`Session.statistics` of the installation; empty when not installed."""
+    session = current_session()
+    return {} if session is None else session.statistics()
+
+
+def convert(
+    model: torch.nn.Module, *, optimizer: torch.optim.Optimizer | None = None, **options: Any
+) -> list[dict[str, Any]]:
+    """Make the native MoE layers of a built model ours; calls :func:`install` first. Idempotent.
+
+    Objects stay what they are, parameters included, so an optimizer or a checkpoint made before still fits.
+
+    Args:
+        model: Any module; layers of other kinds are not touched.
+        optimizer: An optimizer over the model's parameters; experts get marked groups in it if there are none.
+        options: Fields of :class:`Options`.
+
+    Returns:
+        Parameter groups of the model, or of the optimizer, with experts in groups that carry ``"moe": True``: for
+        ``deepspeed.initialize(model_parameters=...)`` or for an optimizer to be made.
+
+    Raises:
+        ConfigError: A layer has parts that are not DeepSpeed's own.
+    """
+    install(**options)
+    from .convert import add_moe_groups, convert_layer, moe_layers
+
+    for layer in moe_layers(model):
+        convert_layer(layer)
+    if optimizer is not None:
+        return add_moe_groups(optimizer.param_groups)
+    return add_moe_groups([{"params": [p for p in model.parameters() if p.requires_grad]}])
+
+
+def _installation() -> Installation[Options] | None:
+    # A module that nobody has imported has not been changed by us.
+    layer = sys.modules.get("deepspeed.moe.layer")
+    return getattr(layer.MoE.__init__, _MARK, None) if layer is not None else None
+
+
+def _convert_new_layers(installation: Installation[Options]) -> None:
+    moe_class = import_deepspeed("deepspeed.moe.layer").MoE
+    build = moe_class.__init__
+
+    @functools.wraps(build)
+    def init(layer: Any, *args: Any, **kwargs: Any) -> None:
+        from .convert import convert_layer
+
+        build(layer, *args, **kwargs)
+        convert_layer(layer)
+
+    setattr(init, _MARK, installation)
+    installation.put(moe_class, "__init__", init)
+
+
+def _prepare_engines(installation: Installation[Options]) -> None:
+    engine_class = import_deepspeed("deepspeed.runtime.engine").DeepSpeedEngine
+    build: Callable[..., None] = engine_class.__init__
+    signature = inspect.signature(build)
+
+    @functools.wraps(build)
+    def init(engine: Any, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind(engine, *args, **kwargs).arguments
+        _prepare(installation.session, given["model"], given.get("optimizer"), given["config_class"])
+        build(engine, *args, **kwargs)
+
+    installation.put(engine_class, "__init__", init)
+
+
+def _prepare(session: Session[Options], model: torch.nn.Module, optimizer: Any, config: Any) -> None:
+    """Settle what a model needs before its engine is made; refuse what can't work."""
+    from .convert import add_moe_groups, convert_layer, moe_layers, restore_layer
+
+    section = _section(config._param_dict)
+    layers = moe_layers(model)
+    if section is not None:
+        change = convert_layer if section.pop("enabled", True) else restore_layer
+        session.configure(**section)
+        for layer in layers:
+            change(layer)
+    if not layers:
+        return
+    if config.zero_optimization_stage == 3:
+        raise ConfigError.of(
+            "zero_optimization.stage",
+            3,
+            f"the model has {len(layers)} native MoE layers, which DeepSpeed trains at stages 0 to 2",
+            'set the stage to 2, or use a Hugging Face MoE model with "expert_parallel" (AutoEP), which has stage 3',
+        )
+    for layer in layers:
+        if dist.get_world_size() % layer.ep_size:
+            raise ConfigError.of(
+                "ep_size of a MoE layer",
+                layer.ep_size,
+                f"it must divide the number of ranks, {dist.get_world_size()}",
+                "start a multiple of ep_size ranks, or build the layer with another ep_size",
+            )
+    if isinstance(optimizer, torch.optim.Optimizer):
+        add_moe_groups(optimizer.param_groups)
+
+
+def _section(config: dict[str, Any]) -> dict[str, Any] | None:
+    section = config.get(CONFIG_KEY)
+    if section is None:
+        return None
+    if not isinstance(section, dict):
+        raise ConfigError.of(
+            f'"{CONFIG_KEY}" in the DeepSpeed config', repr(section), "it holds a section", "write {} for the defaults"
+        )
+    return dict(section)

@@ -1,0 +1,32 @@
+"""Putting our objects into a framework's modules, and taking them out again."""
+
+from __future__ import annotations
+
+from typing import Any, Generic
+
+from .session import OptionsT, Session
+
+
+class Installation(Generic[OptionsT]):
+    """What stands in a framework's modules while we are installed, with what stood there before.
+
+    Args:
+        session: Options and buffers of the installation.
+    """
+
+    def __init__(self, session: Session[OptionsT]) -> None:
+        self.session = session
+        self._undo: list[tuple[Any, str, Any]] = []
+
+    def put(self, owner: Any, name: str, value: Any) -> Any:
+        """Set ``owner.name``, remembering and returning what was there."""
+        before = getattr(owner, name)
+        self._undo.append((owner, name, before))
+        setattr(owner, name, value)
+        return before
+
+    def remove(self) -> None:
+        """Restore everything and close the buffers."""
+        while self._undo:
+            setattr(*self._undo.pop())
+        self.session.close()
