@@ -410,8 +410,9 @@ PYBIND11_MODULE(_cuda, module) {
           },
           py::arg("ranks"), py::kw_only(), py::arg("stream"))
       .def("low_masked", &Communicator::low_masked, py::call_guard<py::gil_scoped_release>())
-      .def("find_rows",
-           [](Communicator& self, std::uintptr_t rows) { return self.find_rows(pointer<const void>(rows)); })
+      .def("note_rows",
+           [](Communicator& self, std::uintptr_t rows) { return self.note_rows(pointer<const void>(rows)); })
+      .def("forget_rows", &Communicator::forget_rows, py::kw_only(), py::arg("all"))
       .def("offer_rows", &offer_rows)
       .def("map_rows", &map_rows, py::arg("rank"), py::arg("offers"))
       .def("commit_rows", &Communicator::commit_rows, py::arg("indices"))

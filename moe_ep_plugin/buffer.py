@@ -350,7 +350,8 @@ class EpBuffer:
             rows: The experts' results, of the shape of the dispatch's ``x``; rows that carry no token are ignored.
                 Those of :meth:`empty_rows` are read in place, and must not be written again before the next low-latency
                 dispatch has been received; others may be written once ``wait()`` has run, and cost one copy, into the
-                memory of ``empty_rows``, unless they are registered (:meth:`register_rows`).
+                memory of ``empty_rows`` (of which the same is true then), unless they are registered
+                (:meth:`register_rows`).
             topk_idx: int64 [num_tokens, num_topk], as dispatched; routes whose id is -1 here are left out.
             topk_weights: fp32 [num_tokens, num_topk] factors, None for a plain sum. Layout ``"rank"`` takes none: its
                 rows are sums over a rank's experts already.
@@ -382,27 +383,34 @@ class EpBuffer:
     def register_rows(self, *rows: torch.Tensor) -> int:
         """Let all ranks read rows of combines where they lie, in memory of the caller's own.
 
-        Collective: every rank calls it, when none of its operations is being captured. Registered are the allocations
-        that ``rows`` are in, and those of rows that :meth:`low_latency_combine` has been given so far, also in a CUDA
-        graph that has been captured: its replays then copy them no more. Rows of a combine whose halves are launched
-        apart (``async_op=True``), that cross in FP8, or under ``config.mask_on_timeout`` are copied as before.
+        Collective: every rank calls it, when no operation of its own is under way or being captured. Registered are the
+        allocations that ``rows`` are in, and those of rows that :meth:`low_latency_combine` has been given so far, also
+        in a CUDA graph that has been captured: its replays then copy them no more. Rows of a combine whose halves are
+        launched apart (``async_op=True``), that cross in FP8, or under ``config.mask_on_timeout`` are copied as before.
 
-        A combine of such rows ends when all ranks have read them, so it may wait for ranks that are late. Whatever is
-        freed is not read any more; but peers keep its memory mapped until the next call or until they close their
-        buffers, so call ``torch.cuda.empty_cache()`` after that only.
+        A combine of such rows ends when all ranks have read them. So the others must receive it (``wait()``) before
+        they do anything that waits for the owner's next operation; where all launch both halves at once they do.
+
+        Other ranks map the memory, and the GPU gets it back only when they don't: what is freed meanwhile stays taken,
+        though nobody reads it. Call :meth:`unregister_rows` before ``torch.cuda.empty_cache()``.
 
         Args:
-            rows: Tensors, contiguous or not, that rows of later combines are parts of. Each rank has its own.
+            rows: Tensors that rows of later combines are parts of. Each rank has its own.
 
         Returns:
-            Bytes of this rank that are registered: whole allocations, usually many times what the rows take. 0 on
-            backends other than ``"cuda"``, whose combines copy nothing that this would save.
+            Bytes of this rank that are registered: whole allocations, 64 at most, usually many times what the rows
+            take. 0 on backends other than ``"cuda"``, which have no such thing, and under ``config.mask_on_timeout``.
 
         Raises:
-            ConfigError: The buffer has no low-latency mode; a tensor is on another device.
+            ConfigError: The buffer has no low-latency mode; a tensor of some rank is not on the buffer's device.
+            StateError: Something has not been waited for, or a rank is masked.
             PeerTimeout: Not all ranks have called it.
         """
         return self._low_latency.register_rows(rows)
+
+    def unregister_rows(self) -> None:
+        """Undo :meth:`register_rows`: no rank maps memory of another one's rows any more. Collective likewise."""
+        self._low_latency.unregister_rows()
 
     def mask_ranks(self, *ranks: int) -> None:
         """Leave ranks out of the low-latency operations that follow: nothing is sent to them or awaited of them.

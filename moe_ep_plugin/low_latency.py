@@ -166,7 +166,9 @@ class LowLatency:
                     "rows of empty_rows(handle) cross from where they are, as they are",
                     "use wire='bf16', or pass rows in memory of your own",
                 )
-            if zero_copy and not in_place and not self._backend.reads_registered(request):
+            # A copy that made them contiguous may lie in registered memory, too.
+            given = request.rows.data_ptr() == rows.data_ptr()
+            if zero_copy and not in_place and not (given and self._backend.reads_registered(request)):
                 raise ConfigError.of(
                     "zero_copy",
                     True,
@@ -188,9 +190,16 @@ class LowLatency:
     def register_rows(self, rows: tuple[torch.Tensor, ...]) -> int:
         """See :meth:`EpBuffer.register_rows`."""
         with self._operation("register_rows"):
-            self._check.check_enabled()
+            self._check_idle("register_rows")
             with self._collective():
                 return self._backend.register_rows(rows)
+
+    def unregister_rows(self) -> None:
+        """See :meth:`EpBuffer.unregister_rows`."""
+        with self._operation("unregister_rows"):
+            self._check_idle("unregister_rows")
+            with self._collective():
+                self._backend.unregister_rows()
 
     def mask_ranks(self, ranks: tuple[int, ...]) -> None:
         """See :meth:`EpBuffer.mask_ranks`."""
@@ -203,6 +212,16 @@ class LowLatency:
         with self._operation("masked_ranks"):
             self._check.check_enabled()
             return self._backend.masked_ranks()
+
+    def _check_idle(self, what: str) -> None:
+        self._check.check_enabled()
+        for slots in self._slots:
+            unfinished = slots.unfinished()
+            if unfinished is not None:
+                raise StateError(
+                    f"{what} was called before wait() of the {unfinished} of low-latency dispatch {slots.sequence}; "
+                    "call that first"
+                )
 
     def _slots_of(self, handle: LowLatencyHandle) -> _Slots:
         slots = self._slots[handle.index]

@@ -28,7 +28,7 @@ Communicator::Communicator(std::shared_ptr<Pool> pool, int rank, const std::vect
       rank_(rank),
       options_(std::move(options)),
       on_idle_(std::move(on_idle)),
-      row_memory_(rank, static_cast<int>(peers.size())) {
+      row_memory_(static_cast<int>(peers.size())) {
   try {
     connect(peers);
   } catch (...) {
@@ -120,7 +120,7 @@ void Communicator::fill_tables() {
   const std::size_t bases_at = align_up(low_at + sizeof(LowState) + bases_.size() * sizeof(std::uint32_t), kCacheLine);
   const std::size_t segments_at = align_up(bases_at + bases_.size() * sizeof(std::uint8_t*), kCacheLine);
   const std::size_t registered_at = segments_at + row_memory_.mapped().size() * sizeof(std::uint8_t*);
-  const std::size_t words_at = registered_at + kMostRowSegments * sizeof(std::uint32_t);
+  const std::size_t words_at = registered_at + kMostRowSegments * sizeof(std::uint64_t);
   MOE_EP_CUDA_CHECK(cudaMalloc(&device_memory_, words_at + words * sizeof(std::int32_t)));
   auto* memory = static_cast<std::uint8_t*>(device_memory_);
   MOE_EP_CUDA_CHECK(cudaMemset(memory, 0, words_at));
@@ -161,8 +161,8 @@ void Communicator::fill_tables() {
   group_.state = reinterpret_cast<DeviceState*>(memory);
   group_.report = static_cast<Report*>(report_on_device);
   group_.timeout_ns = static_cast<std::uint64_t>(options_.timeout_s * 1e9);
-  low_.segments = reinterpret_cast<std::uint8_t* const*>(memory + segments_at);
-  low_.registered = reinterpret_cast<const std::uint32_t*>(memory + registered_at);
+  low_.segments = reinterpret_cast<std::uint8_t**>(memory + segments_at);
+  low_.registered = reinterpret_cast<std::uint64_t*>(memory + registered_at);
   fill_low_group(reinterpret_cast<LowState*>(memory + low_at), *std::max_element(held.begin(), held.end()));
 }
 

@@ -205,7 +205,8 @@ class Communicator {
   // Waits for what is queued.
   std::vector<int> low_masked();
   // Registering memory that rows of combines are in; see RowMemory. Nothing may be under way.
-  bool find_rows(const void* rows);
+  bool note_rows(const void* rows);
+  void forget_rows(bool all) { row_memory_.forget(all); }
   std::vector<RowSegment> offer_rows(std::string& refused);
   std::vector<int> map_rows(int rank, const std::vector<RowSegment>& offers, std::string& refused);
   // Bytes that are registered then.
@@ -242,7 +243,7 @@ class Communicator {
   int most_low_blocks(int num_sms) const { return std::min(most_blocks(num_sms), kMostLowBlocks); }
   void fill_low_group(LowState* state, std::int32_t most_local_experts);
   void follow_low_home(int index, cudaStream_t stream);
-  void upload(const void* table, const void* from, std::size_t bytes);
+  void upload_rows(void* table, const void* from, std::size_t bytes);
   Pipeline send_pipeline(const RowSource& source, const RowSizes& sizes, int num_destinations) const;
   Pipeline reduce_pipeline(int num_sources, int most_entries, bool plain) const;
   int count_warps(int bins) const;

@@ -239,7 +239,7 @@ struct LowCombineStart {
   std::uint32_t failed;
   std::uint32_t begun;    // the last operation that has
   std::uint32_t dropped;  // the last dispatch into this buffer that was
-  std::uint32_t registered;
+  std::uint64_t registered;
   LowHeader header;
   std::uint32_t since;
   std::uint32_t gave_up;
@@ -250,7 +250,7 @@ struct LowCombineStart {
     failed = load_relaxed_device(&low.group.state->failed);
     begun = load_relaxed_device(&low.state->sequence);
     dropped = load_relaxed_device(low.state->gave_up + params.index);
-    registered = params.segment >= 0 ? load_relaxed_device(low.registered + params.segment) : 0;
+    registered = params.segment >= 0 ? low.registered[params.segment] : 0;
     header = *params.routing.header;
     since = gave_up = 0;
     base = nullptr;
@@ -288,7 +288,9 @@ __device__ __noinline__ bool find_rows(const LowCombineParams& params, std::uint
   const LowCombineShared shared(memory, params);
   const LowAwaited awaited{kKind, params.index, sequence, Step::kPost};
   std::uint64_t seen = 0;
-  if (await_late_word(low, offset, awaited, source, seen) != Wait::kCame) return false;
+  const Wait wait = await_late_word(low, offset, awaited, source, seen);
+  if (wait == Wait::kMissing) shared.lost[source] = 1;
+  if (wait != Wait::kCame) return wait == Wait::kMissing;
   shared.segment[source] = 1;
   *shared.some_segments = 1;
   shared.rows[source] = low.segments[source * kMostRowSegments + static_cast<int>(segment) - 1] +
@@ -364,16 +366,19 @@ __device__ __noinline__ void finish_reading(const LowCombineParams& params, std:
   if (threadIdx.x == 0) last = atomicInc(&low.state->readers, gridDim.x - 1) == gridDim.x - 1;
   __syncthreads();
   if (!last) return;
+  const auto is_other = [&](int other) { return other != rank && shared.masked[other] == 0; };
+#pragma unroll 1
+  for (int other = threadIdx.x; other < low.group.num_ranks; other += kThreads) {
+    if (!is_other(other) || shared.segment[other] == 0) continue;
+    store_relaxed_system(
+        reinterpret_cast<std::uint64_t*>(shared.heaps[other] + low.layout.reads(index, static_cast<std::size_t>(rank))),
+        low_word(sequence, 1));
+  }
+  if (!waits) return;
   const LowAwaited awaited{kKind, params.index, sequence, Step::kRead};
 #pragma unroll 1
   for (int other = threadIdx.x; other < low.group.num_ranks; other += kThreads) {
-    if (other == rank || shared.masked[other] != 0) continue;
-    if (shared.segment[other] != 0) {
-      store_relaxed_system(reinterpret_cast<std::uint64_t*>(shared.heaps[other] +
-                                                            low.layout.reads(index, static_cast<std::size_t>(rank))),
-                           low_word(sequence, 1));
-    }
-    if (!waits) continue;
+    if (!is_other(other)) continue;
     std::uint64_t seen = 0;
     await_late_word(low,
                     reinterpret_cast<const std::uint64_t*>(shared.heaps[rank] +
@@ -441,7 +446,7 @@ __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_c
   }
   // Another kernel may fail at any time: one thread has looked, for all of the block.
   __shared__ std::uint32_t failed;
-  const bool registered = kCopies && !kQuantizes && start.registered != 0;
+  const bool registered = kCopies && !kQuantizes && params.segment >= 0 && start.registered == params.segment_id;
   if (threadIdx.x == 0) {
     failed = start.failed;
     *shared.some_segments = registered ? 1 : 0;

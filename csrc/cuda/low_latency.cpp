@@ -168,9 +168,10 @@ bool Communicator::low_combine(const LowCombineArguments& arguments) {
   params.segment = -1;
   bool registered = false;
   if (copies && receives && !arguments.quantize && !options_.mask_on_timeout) {
-    const RowPlace place = row_memory_.find(arguments.rows);
+    const RowPlace place = row_memory_.note(arguments.rows);
     params.segment = place.segment;
     params.segment_offset = place.offset;
+    params.segment_id = place.id;
     registered = place.registered;
   }
 
@@ -193,9 +194,9 @@ bool Communicator::low_combine(const LowCombineArguments& arguments) {
   return copies && !registered;
 }
 
-bool Communicator::find_rows(const void* rows) {
+bool Communicator::note_rows(const void* rows) {
   const DeviceGuard guard(pool_->device());
-  return row_memory_.find(rows).registered;
+  return row_memory_.note(rows).registered;
 }
 
 std::vector<RowSegment> Communicator::offer_rows(std::string& refused) {
@@ -207,21 +208,20 @@ std::vector<int> Communicator::map_rows(int rank, const std::vector<RowSegment>&
   const DeviceGuard guard(pool_->device());
   const std::vector<int> indices = row_memory_.map(rank, offers, refused);
   const auto& mapped = row_memory_.mapped();
-  upload(low_.segments, mapped.data(), mapped.size() * sizeof(mapped[0]));
+  upload_rows(low_.segments, mapped.data(), mapped.size() * sizeof(mapped[0]));
   return indices;
 }
 
 std::size_t Communicator::commit_rows(const std::vector<int>& indices) {
   const DeviceGuard guard(pool_->device());
   row_memory_.commit(indices);
-  const std::vector<std::uint32_t> registered = row_memory_.registered();
-  upload(low_.registered, registered.data(), registered.size() * sizeof(registered[0]));
+  const std::vector<std::uint64_t> registered = row_memory_.registered();
+  upload_rows(low_.registered, registered.data(), registered.size() * sizeof(registered[0]));
   return row_memory_.registered_bytes();
 }
 
-// A table that kernels only read.
-void Communicator::upload(const void* table, const void* from, std::size_t bytes) {
-  MOE_EP_CUDA_CHECK(cudaMemcpyAsync(const_cast<void*>(table), from, bytes, cudaMemcpyHostToDevice, control_));
+void Communicator::upload_rows(void* table, const void* from, std::size_t bytes) {
+  MOE_EP_CUDA_CHECK(cudaMemcpyAsync(table, from, bytes, cudaMemcpyHostToDevice, control_));
   MOE_EP_CUDA_CHECK(cudaStreamSynchronize(control_));
 }
 

@@ -82,8 +82,8 @@ struct LowGroup {
   LowState* state;
   std::uint32_t* masked_since;  // [num_ranks], see LowState
   // Registered memory, see row_memory.h: where each rank's is mapped here, and whether this rank's is everywhere.
-  std::uint8_t* const* segments;    // [num_ranks][kMostRowSegments]
-  const std::uint32_t* registered;  // [kMostRowSegments]
+  std::uint8_t** segments;    // [num_ranks][kMostRowSegments]
+  std::uint64_t* registered;  // [kMostRowSegments] CUDA's number of the allocation; 0: none is registered
   bool mask_on_timeout;
   bool starts_early;  // see launch_early()
   std::int32_t num_local_experts;
@@ -145,7 +145,8 @@ struct LowCombineParams {
   const std::uint8_t* rows;
   std::int32_t segment;  // that may be registered; -1: they are copied
   std::uint32_t segment_offset;
-  bool quantize;  // while copying
+  std::uint64_t segment_id;  // CUDA's number: another allocation may have taken the place since this was captured
+  bool quantize;             // while copying
   bool power_of_two;
   std::int32_t send_blocks;  // that copy
   std::size_t rows_offset;   // in every rank's heap

@@ -82,9 +82,14 @@ static __device__ __noinline__ Wait await_late_word(const LowGroup& low, const s
   const auto* departure = reinterpret_cast<const std::uint32_t*>(
       group.bases[group.rank] + group.layout.departure(static_cast<std::size_t>(source)));
   const std::uint64_t started = nanoseconds();
+  // A reader is never ahead, but a word of long ago may look so.
+  const auto came = [&] {
+    const std::int32_t lead = low_lead(word, awaited.sequence);
+    return awaited.step == Step::kRead ? lead == 0 : lead >= 0;
+  };
   for (unsigned spin = 1;; ++spin) {
     word = load_acquire_system(at);
-    if (low_lead(word, awaited.sequence) >= 0) return Wait::kCame;
+    if (came()) return Wait::kCame;
     if ((spin & 127) != 0) continue;
     if (load_relaxed_device(&group.state->failed) != 0) return Wait::kFailed;
     if (load_relaxed_device(low.masked_since + source) != 0) return Wait::kMissing;
@@ -100,7 +105,7 @@ static __device__ __noinline__ Wait await_late_word(const LowGroup& low, const s
     if (outcome == Outcome::kOk) continue;
     // A peer may have done its part and left right after: look at the word again before blaming it.
     word = load_acquire_system(at);
-    if (low_lead(word, awaited.sequence) >= 0) return Wait::kCame;
+    if (came()) return Wait::kCame;
     if (low.mask_on_timeout && outcome != Outcome::kAborted) {
       mask_late_rank(low, awaited, source);
       return Wait::kMissing;

@@ -50,9 +50,8 @@ bool range_of(const void* address, std::uint8_t*& base, std::size_t& bytes) {
 
 }  // namespace
 
-RowMemory::RowMemory(int rank, int num_ranks)
-    : rank_(rank),
-      own_(kMostRowSegments),
+RowMemory::RowMemory(int num_ranks)
+    : own_(kMostRowSegments),
       mapped_(at(num_ranks) * kMostRowSegments),
       mapped_ids_(at(num_ranks) * kMostRowSegments) {}
 
@@ -67,7 +66,7 @@ void RowMemory::unmap(std::size_t place) {
   mapped_ids_[place] = 0;
 }
 
-RowPlace RowMemory::find(const void* rows) {
+RowPlace RowMemory::note(const void* rows) {
   RowPlace place;
   const std::uint64_t id = id_of(rows);
   if (id == 0) return place;
@@ -90,24 +89,29 @@ RowPlace RowMemory::find(const void* rows) {
   if (offset > std::numeric_limits<std::uint32_t>::max()) return place;
   place.segment = segment.index;
   place.offset = static_cast<std::uint32_t>(offset);
+  place.id = id;
   place.registered = segment.registered;
   return place;
 }
 
-std::vector<RowSegment> RowMemory::offer(std::string& refused) {
-  // What found no room may find it now.
+void RowMemory::forget(bool all) {
+  for (RowSegment& segment : own_) {
+    if (segment.id == 0 || (!all && id_of(segment.base) == segment.id)) continue;
+    known_.erase(segment.id);
+    segment = RowSegment{};
+  }
   for (auto known = known_.begin(); known != known_.end();) {
     known = known->second < 0 ? known_.erase(known) : std::next(known);
   }
+}
+
+std::vector<RowSegment> RowMemory::offer(std::string& refused) {
   std::vector<RowSegment> offers;
+  for (const auto& [id, index] : known_) {
+    if (index < 0) refused = "more than " + std::to_string(kMostRowSegments) + " allocations have rows in them";
+  }
   for (RowSegment& segment : own_) {
     if (segment.id == 0) continue;
-    if (id_of(segment.base) != segment.id) {
-      // It has been freed.
-      known_.erase(segment.id);
-      segment = RowSegment{};
-      continue;
-    }
     cudaIpcMemHandle_t handle;
     const cudaError_t error = cudaIpcGetMemHandle(&handle, segment.base);
     if (error != cudaSuccess) {
@@ -156,10 +160,10 @@ void RowMemory::commit(const std::vector<int>& indices) {
   for (const int index : indices) own_[at(index)].registered = own_[at(index)].id != 0;
 }
 
-std::vector<std::uint32_t> RowMemory::registered() const {
-  std::vector<std::uint32_t> flags;
-  for (const RowSegment& segment : own_) flags.push_back(segment.registered ? 1 : 0);
-  return flags;
+std::vector<std::uint64_t> RowMemory::registered() const {
+  std::vector<std::uint64_t> ids;
+  for (const RowSegment& segment : own_) ids.push_back(segment.registered ? segment.id : 0);
+  return ids;
 }
 
 std::size_t RowMemory::registered_bytes() const {

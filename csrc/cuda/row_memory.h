@@ -31,20 +31,22 @@ struct RowSegment {
 struct RowPlace {
   int segment = -1;          // -1: where they can't be registered
   std::uint32_t offset = 0;  // in units of 16 bytes
+  std::uint64_t id = 0;      // CUDA's number of the allocation
   bool registered = false;
 };
 
 class RowMemory {
  public:
-  RowMemory(int rank, int num_ranks);
+  explicit RowMemory(int num_ranks);
   ~RowMemory();
   RowMemory(const RowMemory&) = delete;
   RowMemory& operator=(const RowMemory&) = delete;
 
   // Keeps in mind the allocation that `rows` lie in.
-  RowPlace find(const void* rows);
-  // What has been found and not been freed, to be mapped by the others. What CUDA does not share is left out; `refused`
-  // says why.
+  RowPlace note(const void* rows);
+  // Forgets what has been freed and what found no room; or all.
+  void forget(bool all);
+  // What has been noted, to be mapped by the others. What CUDA does not share is left out; `refused` says why.
   std::vector<RowSegment> offer(std::string& refused);
   // Maps what `rank` offers, and unmaps what it does not offer any more. Those that could not be mapped are left out of
   // the answer: indices.
@@ -52,16 +54,15 @@ class RowMemory {
   // These have been mapped by all ranks.
   void commit(const std::vector<int>& indices);
 
-  // Tables for kernels: [num_ranks][kMostRowSegments] addresses here, null: not mapped; and [kMostRowSegments] whether
-  // this rank's own are registered.
+  // Tables for kernels: [num_ranks][kMostRowSegments] addresses here, null: not mapped; and [kMostRowSegments] CUDA's
+  // number of this rank's own where they are registered, else 0.
   const std::vector<std::uint8_t*>& mapped() const { return mapped_; }
-  std::vector<std::uint32_t> registered() const;
+  std::vector<std::uint64_t> registered() const;
   std::size_t registered_bytes() const;
 
  private:
   void unmap(std::size_t place);
 
-  int rank_;
   std::vector<RowSegment> own_;         // by index
   std::map<std::uint64_t, int> known_;  // by CUDA's number; -1: no room for it, or not to be shared
   std::vector<std::uint8_t*> mapped_;

@@ -270,6 +270,9 @@ class Backend(ABC):
         """Collective: register memory of rows with all ranks; see :meth:`EpBuffer.register_rows`."""
         return 0
 
+    def unregister_rows(self) -> None:  # noqa: B027 - nothing to do where nothing is registered
+        """Collective: undo :meth:`register_rows`."""
+
     @abstractmethod
     def mask_ranks(self, ranks: tuple[int, ...]) -> None:
         """Leave these ranks out of the low-latency operations that follow."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..bootstrap import exchange
-from ..errors import ConfigError
+from ..errors import ConfigError, StateError
 from ..handle import LowLatencyHandle
 from ..types import LowLatencyCombineOutput, LowLatencyDispatchOutput
 from ..wire import FP8_DTYPE, num_scales
@@ -165,27 +165,59 @@ class CudaLowLatency(_Base):
 
     def reads_registered(self, request: LowLatencyCombineRequest) -> bool:
         """See :class:`Backend`."""
-        fits = request.wire == "bf16" and not request.async_op and not self._c.config.mask_on_timeout
-        return fits and bool(self._connected().find_rows(request.rows.data_ptr()))
+        rows = request.rows
+        if request.wire != "bf16" or request.async_op or self._c.config.mask_on_timeout or rows.data_ptr() % 16:
+            return False
+        return bool(self._connected().note_rows(rows.data_ptr()))
 
     def register_rows(self, rows: tuple[torch.Tensor, ...]) -> int:
         """See :class:`Backend`."""
         communicator = self._connected()
-        self._check_devices(*rows)
+        if self._c.config.mask_on_timeout:
+            return 0
+        if masked := self.masked_ranks():
+            raise StateError(
+                f"register_rows takes all ranks, but {list(masked)} are masked; let the experts write to empty_rows"
+            )
         torch.cuda.synchronize(self._device)
-        for tensor in rows:
-            communicator.find_rows(tensor.data_ptr())
+        communicator.forget_rows(all=False)
+        wrong = None
+        try:
+            self._check_devices(*rows)
+        except ConfigError as error:  # The other ranks must hear of it.
+            wrong = error
+        else:
+            for tensor in rows:
+                communicator.note_rows(tensor.data_ptr())
+        return self._share_rows(wrong)
+
+    def unregister_rows(self) -> None:
+        """See :class:`Backend`."""
+        communicator = self._connected()
+        torch.cuda.synchronize(self._device)
+        communicator.forget_rows(all=True)
+        self._share_rows(None)
+
+    def _share_rows(self, wrong: ConfigError | None) -> int:
+        """Let all ranks map what each has noted; returns this rank's bytes that are registered then."""
+        communicator, me = self._connected(), self._c.rank
         mine, refused = communicator.offer_rows()
-        offers = self._tell({"offers": [(index, number, handle.hex()) for index, number, handle in mine]})
+        offered = [(index, number, handle.hex()) for index, number, handle in mine]
+        everyone = self._tell({"wrong": wrong and str(wrong), "offers": offered})
+        if wrong is not None:
+            raise wrong
+        for rank, message in enumerate(everyone):
+            if message["wrong"] is not None:
+                raise ConfigError.of("rows", f"those of rank {rank}", message["wrong"], "register again without them")
         mapped: dict[str, list[int]] = {}
-        for rank, theirs in enumerate(offers):
-            if rank == self._c.rank:
+        for rank, message in enumerate(everyone):
+            if rank == me:
                 continue
-            segments = [(index, number, bytes.fromhex(handle)) for index, number, handle in theirs["offers"]]
+            segments = [(index, number, bytes.fromhex(handle)) for index, number, handle in message["offers"]]
             mapped[str(rank)], reason = communicator.map_rows(rank, segments)
             refused = refused or reason
-        others = [m["mapped"] for rank, m in enumerate(self._tell({"mapped": mapped})) if rank != self._c.rank]
-        by_all = [index for index, _, _ in mine if all(index in other[str(self._c.rank)] for other in others)]
+        others = [message["mapped"] for rank, message in enumerate(self._tell({"mapped": mapped})) if rank != me]
+        by_all = [index for index, _, _ in mine if all(index in other[str(me)] for other in others)]
         if refused:
             logger.warning(
                 "moe_ep_plugin: some memory of rows can't be registered (%s), and is copied from as before; memory of "

@@ -124,7 +124,7 @@ class Compiled:
     def low_rows_address(self, index: int) -> int:
         return 64 + index
 
-    def find_rows(self, rows: int) -> bool:
+    def note_rows(self, rows: int) -> bool:
         return rows in self.registered
 
     def low_held(self, index: int) -> bool:

@@ -169,7 +169,9 @@ def test_inputs_may_be_dropped_between_the_halves(ranks, backend):
 
 def nothing_registered(place: Place) -> int:
     with EpBuffer(None, DENSE.config(place)) as buffer:
-        return buffer.register_rows(torch.empty(4, device=place.device))
+        registered = buffer.register_rows(torch.empty(4, device=place.device))
+        buffer.unregister_rows()
+        return registered
 
 
 def test_there_is_nothing_to_register_on_a_cpu(ranks, backend):

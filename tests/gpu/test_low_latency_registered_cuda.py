@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_ep_plugin import ConfigError, EpBuffer, PeerTimeout
+from moe_ep_plugin import ConfigError, EpBuffer, PeerTimeout, StateError
 from tests import test_low_latency_misuse as misuse
 
 from .helpers import DEVICE, PLACE, Mistakes, finish, integers, kernel_tests, make_config, needs_cuda
@@ -31,13 +31,15 @@ def routed(seed: int, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return x, idx, integers(3 * seed + 1000 * rank + 2, TOKENS, TOPK, low=1).to(DEVICE)
 
 
-def sums(x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor, by_rank: bool, buffer: EpBuffer) -> torch.Tensor:
-    """What experts that double their rows send back."""
+def sums(
+    x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor, by_rank: bool, buffer: EpBuffer, factor: int = 2
+) -> torch.Tensor:
+    """What experts that multiply their rows by ``factor`` send back."""
     if not by_rank:
-        return (2 * x.float() * torch.where(idx >= 0, weights, 0.0).sum(1, keepdim=True)).bfloat16()
+        return (factor * x.float() * torch.where(idx >= 0, weights, 0.0).sum(1, keepdim=True)).bfloat16()
     rank_of = torch.tensor([*buffer.placement.expert_to_rank, -1], device=DEVICE)[idx]
     ranks = torch.stack([(rank_of == rank).any(1) for rank in range(buffer.num_ranks)]).sum(0)
-    return (2 * x.float() * ranks[:, None]).bfloat16()
+    return (factor * x.float() * ranks[:, None]).bfloat16()
 
 
 def registered_rows(layout: str) -> int:
@@ -83,14 +85,16 @@ def mixed_rows() -> int:
             out = buffer.low_latency_dispatch(x, idx).wait()
             for again in range(3):
                 kind = (step + again + buffer.rank) % 3
-                rows = out.x * 2
+                if again > 0 and kind == 1:
+                    kind = 2  # A copy may still be read there.
+                rows = out.x * (again + 1)
                 if kind == 0:
                     rows = space[again % 2].copy_(rows)
                 elif kind == 1:
                     rows = buffer.empty_rows(out.handle).copy_(rows)
                 lags(buffer.rank == (step + again) % buffer.num_ranks)
                 back = buffer.low_latency_combine(rows, idx, weights, out.handle).wait()
-                mistakes.compare(back.x, sums(x, idx, weights, False, buffer))
+                mistakes.compare(back.x, sums(x, idx, weights, False, buffer, again + 1))
                 steps += 1
                 if kind == 0:
                     rows.fill_(float("nan"))
@@ -165,6 +169,7 @@ def freed_rows() -> int:
                 del out
             del space, rows
             finish()
+            buffer.unregister_rows()
             torch.cuda.empty_cache()
         buffer.check()
         assert mistakes.none()
@@ -185,7 +190,7 @@ def copied_as_before() -> None:
             for wire, async_op in (("bf16", True), ("fp8", False), ("bf16", False)):
                 out = buffer.low_latency_dispatch(x, idx).wait()
                 rows = out.x * 1
-                assert buffer.register_rows(rows) > 0
+                assert (buffer.register_rows(rows) > 0) != masks
                 before = buffer.stats.staged
                 back = buffer.low_latency_combine(rows, idx, weights, out.handle, wire=wire, async_op=async_op)  # type: ignore[arg-type]
                 mistakes.compare(back.wait().x, x)
@@ -232,12 +237,20 @@ def test_a_reader_that_stays_away_is_named(ranks):
     assert ranks(2).run(reader_that_stays_away) == [True] * 2
 
 
-def wrong_devices() -> None:
+def wrong_calls() -> None:
+    """One rank's mistake is every rank's error, and the buffers go on."""
+    x, idx, weights = misuse.inputs(PLACE)
     with EpBuffer(None, misuse.config_of(PLACE)) as buffer:
         with pytest.raises(ConfigError, match="device"):
-            buffer.register_rows(torch.empty(4))
+            buffer.register_rows(*([torch.empty(4)] if buffer.rank == 0 else []))
+        out = buffer.low_latency_dispatch(x, idx).wait()
+        pending = buffer.low_latency_combine(out.x, idx, weights, out.handle, async_op=True)
+        with pytest.raises(StateError, match=r"wait\(\)"):
+            buffer.register_rows()
+        assert torch.equal(pending.wait().x, x)
+        del out, pending
         misuse.assert_usable(buffer)
 
 
-def test_memory_of_another_device_is_refused(ranks):
-    ranks(1).run(wrong_devices)
+def test_wrong_calls(ranks):
+    ranks(2).run(wrong_calls)
