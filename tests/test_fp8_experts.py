@@ -300,6 +300,15 @@ def test_delayed_weight_gradients_are_equal(name):
         assert all(torch.equal(a.grad, b.grad) for a, b in zip(at_once.parameters(), delayed.parameters(), strict=True))
 
 
+def test_backward_dw_takes_the_oldest_backward():
+    delayed, at_once = make_experts(Fp8Recipe(delay_weight_grad=True)), make_experts()
+    step(at_once, 50)
+    step(delayed, 50)
+    step(delayed, 60)
+    delayed.backward_dw()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(at_once.parameters(), delayed.parameters(), strict=True))
+
+
 def test_backward_dw_has_nothing_to_do_unless_delayed():
     experts = make_experts()
     step(experts, 70)
