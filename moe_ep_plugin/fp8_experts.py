@@ -123,8 +123,8 @@ class Fp8GroupedLinear(nn.Module):
     """One linear layer per local expert, without bias, on rows grouped by expert.
 
     Parameters are ``weight0`` to ``weight{num_gemms - 1}``, [out_features, in_features], and the state dict has the
-    empty ``_extra_state`` of a TransformerEngine ``GroupedLinear`` that keeps no FP8 state, so either loads the
-    other's. A state of delayed scaling is left unread: block scales have no history.
+    empty ``_extra_state`` of a TransformerEngine ``GroupedLinear`` that keeps no FP8 state. Another one's state is left
+    unread: block scales have no history.
 
     Args:
         num_gemms: Local experts, at least 1.

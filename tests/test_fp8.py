@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_ep_plugin import ConfigError
+from moe_ep_plugin import ConfigError, EpBuffer
 from moe_ep_plugin.fp8 import Fp8Cols, Fp8Rows, Fp8Tiles, quantize_columns, quantize_rows, quantize_tiles
 from moe_ep_plugin.wire import FP8_DTYPE, dequantize_blocks, quantize_blocks
 
 from . import oracle
+from .test_dispatcher import H, config_of
 
 POWER_OF_TWO = pytest.mark.parametrize("power_of_two", [False, True])
 FP32_MAX = torch.finfo(torch.float32).max
@@ -154,6 +155,20 @@ def test_conversions_copy_no_data():
     assert shares_memory(back.data, rows.data)
     assert shares_memory(back.transposed_scale(4), transposed)
     assert_same_blocks(back, rows.data, rows.scale)
+
+
+def low_latency_rows(backend: str) -> None:
+    with EpBuffer(None, config_of(backend, wire="fp8", low_latency_tokens_per_rank=8)) as buffer:
+        x = torch.randn(8, H, generator=torch.Generator().manual_seed(2))
+        out = buffer.low_latency_dispatch(x, torch.full((8, 1), 3)).wait()
+        rows = Fp8Rows(out.x[3], out.scale[3])
+        assert torch.equal(rows.codes, quantize_rows(x).codes)
+        assert torch.equal(rows.scale, quantize_rows(x).scale)
+        assert shares_memory(rows.transposed_scale(4), out.scale[3])
+
+
+def test_rows_of_low_latency_mode_have_their_scales_transposed_already(ranks, backend):
+    ranks(1).run(low_latency_rows, backend)
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 4, 5, 130])
