@@ -63,9 +63,9 @@ class _Blocks:
         return self.data.view(torch.uint8)
 
     def has_power_of_two_scales(self) -> bool:
-        """Whether every scale is a power of two. Waits for the device."""
+        """Whether every scale is a power of two, or 0 as in rows that a dispatch padded with. Waits for the device."""
         mantissa, _ = torch.frexp(self.scale)
-        return bool((mantissa == 0.5).all())
+        return bool(((mantissa == 0.5) | (self.scale == 0)).all())
 
     def transposed_scale(self, multiple: int = 1) -> torch.Tensor:
         """Scales with the dimensions swapped, contiguous, the last one padded with zeros to ``multiple``.

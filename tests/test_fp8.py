@@ -136,6 +136,33 @@ def test_power_of_two_scales_are_told_apart():
         assert not quantize(x).has_power_of_two_scales()
 
 
+@pytest.mark.parametrize("scale", [0.75, -0.5, torch.inf, torch.nan])
+def test_scales_that_are_no_power_of_two(scale):
+    assert not Fp8Rows(data(2, 128), torch.tensor([[0.5], [scale]])).has_power_of_two_scales()
+
+
+def padded_rows(backend: str) -> None:
+    config = config_of(backend, power_of_two_scales=True, expert_alignment=16)
+    with EpBuffer(None, config) as buffer:
+        x = torch.randn(3, H, generator=torch.Generator().manual_seed(3))
+        out = buffer.dispatch(x, torch.tensor([[0], [0], [2]]), wire="fp8")
+        first, second, third, *_ = Fp8Rows.from_dispatch(out).split(out.tokens_per_expert.tolist())
+        assert [len(part.data) for part in (first, second, third)] == [16, 0, 16]
+        assert first.has_power_of_two_scales()
+        assert (first.dequantize(torch.float32)[2:] == 0).all()
+        # Padding rows stay zero and leave the other rows' columns as they are.
+        columns, alone = first.columns(power_of_two=True), Fp8Rows(first.data[:2], first.scale[:2])
+        assert torch.equal(columns.scale, alone.columns(power_of_two=True).scale)
+        assert torch.equal(
+            columns.dequantize(torch.float32)[:2], alone.columns(power_of_two=True).dequantize(torch.float32)
+        )
+        assert (columns.dequantize(torch.float32)[2:] == 0).all()
+
+
+def test_rows_that_pad_an_expert(ranks, backend):
+    ranks(1).run(padded_rows, backend)
+
+
 def test_conversions_copy_no_data():
     rows = quantize_rows(torch.randn(12, 264))
     assert shares_memory(rows.codes, rows.data)

@@ -265,6 +265,18 @@ def test_the_same_bits_on_every_run(name):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+def test_gradients_have_the_dtype_of_what_they_belong_to():
+    experts = make_experts(dtype=torch.bfloat16)
+    rows, probs = dispatched(randn(35, NUM_ROWS, H)), randn(36, NUM_ROWS).requires_grad_()
+    out = experts(rows, COUNTS, probs)
+    out.sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert rows.grad_rows.grad.dtype == probs.grad.dtype == torch.float32
+    assert {weight.grad.dtype for weight in experts.parameters()} == {torch.bfloat16}
+    same = dispatched(randn(35, NUM_ROWS, H).bfloat16())
+    assert experts(same, COUNTS).dtype == torch.bfloat16
+
+
 def test_an_expert_does_not_depend_on_the_others():
     """The rows and weights of other experts change nothing, NaN included."""
     experts = make_experts()
@@ -448,6 +460,49 @@ def whole_layer(backend: str, alignment: int, fixed: bool) -> None:
 @pytest.mark.parametrize(("num_ranks", "alignment", "fixed"), [(1, 1, False), (3, 16, False), (3, 4, True)])
 def test_a_layer_over_ranks_equals_one_process(ranks, backend, num_ranks, alignment, fixed):
     ranks(num_ranks).run(whole_layer, backend, alignment, fixed)
+
+
+def used_in_other_ways(backend: str) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    with EpBuffer(None, config_of(backend)) as buffer:
+        dispatcher = TokenDispatcher(buffer)
+        idx = integers(10 + buffer.rank, T, 3, low=-1, high=E).long()
+        x, weights = randn(20 + buffer.rank, T, HIDDEN), randn(30 + buffer.rank, T, 3)
+        ids = [e for e, rank in enumerate(oracle.placement(E, buffer.num_ranks, None)) if rank == buffer.rank]
+        experts = Fp8GroupedExperts(len(ids), HIDDEN, FFN, dtype=torch.float32)
+        fill_by_id(experts, ids)
+
+        def layer(x, weights, handle=None):
+            out = dispatcher.dispatch_fp8(x, None if handle else idx, None if handle else weights, handle=handle)
+            rows = experts(Fp8Rows.from_dispatch(out), out.tokens_per_expert, out.topk_weights)
+            return dispatcher.combine(rows, out.handle), out.handle
+
+        def gradients(run):
+            a, b = x.clone().requires_grad_(), weights.clone().requires_grad_()
+            experts.zero_grad()
+            y = run(a, b)
+            y.square().sum().backward()
+            return [y, a.grad, b.grad, *(weight.grad for weight in experts.parameters())]
+
+        plain = gradients(lambda a, b: layer(a, b)[0])
+        recomputed = gradients(lambda a, b: checkpoint(lambda *ab: layer(*ab)[0], a, b, use_reentrant=False))
+        assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+        # A reused handle brings no gate values: the experts' plain sum.
+        y, handle = layer(x, torch.ones_like(weights))
+        again, _ = layer(x, None, handle)
+        assert torch.equal(again, y)
+        with torch.no_grad():
+            assert torch.equal(layer(x, weights)[0], plain[0])
+        # Only the experts are trained.
+        experts.zero_grad()
+        y, _ = layer(x, weights)
+        y.square().sum().backward()
+        assert all(torch.equal(w.grad, want) for w, want in zip(experts.parameters(), plain[3:], strict=True))
+
+
+def test_recompute_handle_reuse_inference_and_frozen_inputs(ranks, backend):
+    ranks(2).run(used_in_other_ways, backend)
 
 
 def unquantised(backend: str) -> None:
