@@ -17,6 +17,8 @@ from .errors import (
     PeerTimeout,
     StateError,
 )
+from .fp8 import Fp8Rows
+from .fp8_experts import Fp8GroupedExperts, Fp8Recipe
 from .handle import DispatchHandle, LowLatencyHandle
 from .low_latency import Pending
 from .types import CombineOutput, DispatchOutput, LowLatencyCombineOutput, LowLatencyDispatchOutput
@@ -33,6 +35,9 @@ __all__ = [
     "EpBuffer",
     "EpConfig",
     "EpError",
+    "Fp8GroupedExperts",
+    "Fp8Recipe",
+    "Fp8Rows",
     "LowLatencyCombineOutput",
     "LowLatencyDispatchOutput",
     "LowLatencyHandle",

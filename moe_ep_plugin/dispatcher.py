@@ -23,6 +23,7 @@ class _Routing:
     layout: Layout
     handle: DispatchHandle | None
     max_recv_tokens: int | None
+    keep_fp8: bool = False
     out: DispatchOutput | None = None
 
 
@@ -40,8 +41,13 @@ class _Dispatch(torch.autograd.Function):
             layout=routing.layout,
             handle=routing.handle,
             max_recv_tokens=routing.max_recv_tokens,
+            wire="fp8" if routing.keep_fp8 else None,
         )
-        rows = out.x if out.scale is None else dequantize_blocks(out.x, out.scale, x.dtype)
+        if routing.keep_fp8:
+            # Autograd would round a gradient of FP8 rows to FP8. NaN: whoever computes with the stand-in sees it.
+            rows = x.new_full((1, 1), torch.nan).expand(out.x.shape)
+        else:
+            rows = out.x if out.scale is None else dequantize_blocks(out.x, out.scale, x.dtype)
         routing.out = out
         ctx.buffer, ctx.handle = routing.buffer, out.handle
         return rows, out.topk_weights
@@ -116,6 +122,29 @@ class TokenDispatcher:
         rows, weights = _Dispatch.apply(x, topk_weights, routing)  # type: ignore[no-untyped-call]
         assert routing.out is not None
         return replace(routing.out, x=rows, scale=None, topk_weights=weights)
+
+    def dispatch_fp8(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        handle: DispatchHandle | None = None,
+        max_recv_tokens: int | None = None,
+    ) -> DispatchOutput:
+        """Differentiable dispatch in layout ``"expert"`` whose rows stay FP8: input of :class:`Fp8GroupedExperts`.
+
+        The rows cross on the FP8 wire whatever ``EpConfig.wire`` is, and ``x`` and ``scale`` of the result are what
+        arrived. Their gradient, in the dtype of the input ``x``, is taken from ``grad_rows`` of the result, whose own
+        values are NaN; it crosses back unquantised. :meth:`Fp8Rows.from_dispatch` keeps the three together.
+
+        Raises:
+            ConfigError: As :meth:`EpBuffer.dispatch`.
+        """
+        routing = _Routing(self.buffer, topk_idx, "expert", handle, max_recv_tokens, keep_fp8=True)
+        stand_in, weights = _Dispatch.apply(x, topk_weights, routing)  # type: ignore[no-untyped-call]
+        assert routing.out is not None
+        return replace(routing.out, grad_rows=stand_in, topk_weights=weights)
 
     def combine(
         self, rows: torch.Tensor, handle: DispatchHandle, *, topk_weights: torch.Tensor | None = None

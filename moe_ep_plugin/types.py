@@ -67,6 +67,8 @@ class DispatchOutput:
             comes to the host.
         handle: Routing state; give it to ``combine`` and to later ``dispatch`` calls.
         event: Completion of the operation.
+        grad_rows: From :meth:`TokenDispatcher.dispatch_fp8`: what stands for the FP8 rows in autograd, [rows, hidden]
+            in the dtype of the input, one element of memory. Otherwise None.
     """
 
     x: torch.Tensor
@@ -76,6 +78,7 @@ class DispatchOutput:
     tokens_per_expert: torch.Tensor
     handle: DispatchHandle
     event: Event
+    grad_rows: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -38,18 +38,29 @@ def quantize_blocks(x: torch.Tensor, power_of_two: bool = False) -> tuple[torch.
     padded = torch.zeros(rows, blocks * FP8_BLOCK, dtype=torch.float32, device=x.device)
     padded[:, :hidden] = x
     padded = padded.view(rows, blocks, FP8_BLOCK)
-    finite = torch.where(torch.isfinite(padded), padded, 0.0)
-    amax = finite.abs().amax(dim=-1).clamp_min(MIN_AMAX)
+    scale = block_scales(padded, (-1,), power_of_two)
+    q = to_fp8(padded, scale.unsqueeze(-1)).view(rows, blocks * FP8_BLOCK)[:, :hidden]
+    return q.contiguous(), scale
+
+
+def block_scales(x: torch.Tensor, dims: tuple[int, ...], power_of_two: bool) -> torch.Tensor:
+    """Return the scales of fp32 blocks that extend over ``dims``, which the result is without."""
+    finite = torch.where(torch.isfinite(x), x, 0.0)
+    amax = finite.abs().amax(dim=dims).clamp_min(MIN_AMAX)
     # By a tensor: on GPUs, torch divides by a Python number through its reciprocal, which rounds differently.
     scale = amax / torch.full_like(amax, FP8_MAX)
     if power_of_two:
         mantissa, exponent = torch.frexp(scale)
         scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
-    scaled = padded * (torch.ones_like(scale) / scale).unsqueeze(-1)
+    return scale
+
+
+def to_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return fp32 ``x`` over its blocks' ``scale`` (broadcast to it) as e4m3."""
+    scaled = x * (torch.ones_like(scale) / scale)
     # Rounding in the reciprocal may push the largest element one ulp past 448.
-    scaled = torch.where(torch.isfinite(padded), scaled.clamp(-FP8_MAX, FP8_MAX), torch.nan)
-    q = scaled.view(rows, blocks * FP8_BLOCK)[:, :hidden].to(FP8_DTYPE)
-    return q.contiguous(), scale
+    scaled = torch.where(torch.isfinite(x), scaled.clamp(-FP8_MAX, FP8_MAX), torch.nan)
+    return scaled.to(FP8_DTYPE)
 
 
 def dequantize_blocks(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -32,7 +32,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from moe_ep_plugin.config import MAX_TOPK  # noqa: E402
-from moe_ep_plugin.errors import ConfigError  # noqa: E402
+from moe_ep_plugin.errors import ConfigError, StateError  # noqa: E402
+from moe_ep_plugin.fp8_experts import Fp8Recipe  # noqa: E402
 from tests.integrations.worlds import world  # noqa: E402
 
 BACKEND = os.environ.get("MOE_EP_TEST_BACKEND", "auto")
@@ -431,6 +432,45 @@ def fp8_job() -> dict[str, Any]:
     return found
 
 
+def fp8_experts_job() -> dict[str, Any]:
+    """Training with experts on FP8 rows, with and without recompute, and what can't be converted."""
+    from moe_ep_plugin.integrations.megatron.fp8_experts import use_fp8_experts
+
+    def converted(**changes: Any) -> GPTModel:
+        model = make_model("deepep", **changes)
+        before = list(model.parameters())
+        assert use_fp8_experts(model) == 2 and use_fp8_experts(model) == 0
+        assert {id(parameter) for parameter in before} == {id(parameter) for parameter in model.parameters()}
+        return model
+
+    def refusal(dispatcher: str, recipe: Fp8Recipe | None = None, **changes: Any) -> str:
+        try:
+            use_fp8_experts(make_model(dispatcher, **changes), recipe)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    model = converted()
+    try:
+        model.sharded_state_dict()
+        sharded = ""
+    except StateError as error:
+        sharded = str(error)
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {
+        "losses": train_model(model, 50),
+        "again": train_model(converted(**recompute), 5),
+        "names": sorted(name for name in model.state_dict() if ".layers.0.mlp.experts." in name),
+        "refused": {
+            "token_dispatcher": refusal("alltoall"),
+            "gated_linear_unit": refusal("deepep", gated_linear_unit=False),
+            "activation_func": refusal("deepep", activation_func=torch.nn.functional.gelu),
+            "recipe.delay_weight_grad": refusal("deepep", Fp8Recipe(delay_weight_grad=True)),
+        },
+        "sharded": sharded,
+    }
+
+
 def lease_job() -> dict[str, Any]:
     """What one layer holds during its forward, and when its outputs are gone."""
     config = make_config("deepep")
@@ -466,6 +506,7 @@ def world2() -> dict[str, Any]:
     out["recompute_full"] = recompute_job()
     out["evaluation"] = {name: evaluation_job(name) for name in DISPATCHERS}
     out["fp8"] = fp8_job()
+    out["fp8_experts"] = fp8_experts_job()
     out["lease"] = lease_job()
     out["layers"] = layers_job()
     out["dense"] = dense_job()

@@ -59,6 +59,34 @@ def test_fp8_wire_stays_close_to_the_unquantised_one(ranks_of: Ranks) -> None:
         assert fp8[-1] < fp8[0] - 0.5
 
 
+def test_experts_on_fp8_rows_train_as_unquantised_ones_do(ranks_of: Ranks) -> None:
+    for rank in ranks_of("world2"):
+        fp8, plain = rank["fp8_experts"]["losses"], rank["train"]["deepep"]
+        assert len(fp8) == 50
+        # Final loss within 1 %. The first differs by what FP8 changes in the experts' share of the residual stream.
+        assert abs(fp8[-1] / plain[-1] - 1) < 0.01
+        assert 0 < abs(fp8[0] - plain[0]) < 1e-3
+        assert fp8[:5] == rank["fp8_experts"]["again"], "full recompute gives other bits"
+
+
+def test_fp8_experts_have_the_parameter_names_of_te_grouped_mlp(ranks_of: Ranks) -> None:
+    for rank in ranks_of("world2"):
+        names = [name.split(".experts.")[1] for name in rank["fp8_experts"]["names"]]
+        weights = [f"{layer}.weight{e}" for layer in ("linear_fc1", "linear_fc2") for e in range(4)]
+        assert names == sorted([*weights, "linear_fc1._extra_state", "linear_fc2._extra_state"])
+
+
+def test_layers_that_cannot_have_fp8_experts_are_refused(ranks_of: Ranks) -> None:
+    for rank in ranks_of("world2"):
+        for argument, message in rank["fp8_experts"]["refused"].items():
+            assert message.startswith(f"{argument} is "), (argument, message)
+
+
+def test_fp8_experts_refuse_distributed_checkpoints(ranks_of: Ranks) -> None:
+    for rank in ranks_of("world2"):
+        assert "no distributed checkpoint" in rank["fp8_experts"]["sharded"]
+
+
 def test_evaluation_batches_of_other_sizes(ranks_of: Ranks) -> None:
     for rank in ranks_of("world2"):
         alltoall, deepep = rank["evaluation"]["alltoall"], rank["evaluation"]["deepep"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from ...config import MAX_TOPK
 from ...dispatcher import TokenDispatcher
 from ...errors import ConfigError
+from ...fp8 import Fp8Rows
 from ...handle import DispatchHandle
 from ..session import Session
 from .options import Options
@@ -30,6 +32,8 @@ class CommManager:
         token_probs: [num_rows, width] gate values.
         token_owner: int64 [num_rows] token of a row where tokens were split, or None.
         dispatched_probs: [num_received] gate values of the received rows.
+        fp8: Whether the experts take FP8 rows.
+        fp8_rows: The received rows until the experts take them, where they do.
     """
 
     def __init__(
@@ -45,6 +49,8 @@ class CommManager:
         self.token_owner: torch.Tensor | None = None
         self.dispatched_probs: torch.Tensor | None = None
         self.tokens_per_expert: torch.Tensor | None = None
+        self.fp8 = False
+        self.fp8_rows: Fp8Rows | None = None
         self.num_tokens = 0
         self.handle: DispatchHandle | None = None
         self._dispatcher: TokenDispatcher | None = None
@@ -63,12 +69,23 @@ class CommManager:
             num_tokens=rows.shape[0],
         )
         # Gate values cross in fp32 and reach the experts in the router's own dtype.
-        out = self._dispatcher.dispatch(rows, self.token_indices, self.token_probs.float())
+        dispatch = self._dispatcher.dispatch_fp8 if self.fp8 else self._dispatcher.dispatch
+        out = dispatch(rows, self.token_indices, self.token_probs.float())
         assert out.topk_weights is not None
         self.handle = out.handle
         self.tokens_per_expert = out.tokens_per_expert
         self.dispatched_probs = out.topk_weights.to(self.token_probs.dtype)
-        return out.x
+        if not self.fp8:
+            return out.x
+        self.fp8_rows = Fp8Rows.from_dispatch(out)
+        assert out.grad_rows is not None
+        return out.grad_rows
+
+    def take_fp8_rows(self, stand_in: torch.Tensor) -> Fp8Rows:
+        """The rows of the last dispatch, once. Their gradient goes to ``stand_in``: a schedule may have detached it."""
+        assert self.fp8_rows is not None
+        rows, self.fp8_rows = self.fp8_rows, None
+        return replace(rows, grad_rows=stand_in)
 
     def combine(self, rows: torch.Tensor) -> torch.Tensor:
         """Bring [num_received, hidden] expert outputs back as sums [num_tokens, hidden]."""
@@ -131,6 +148,10 @@ class DeepepTokenDispatcher(MoETokenDispatcher):
         )
         self.cudagraph_attrs = ["_comm_manager.token_probs", "_comm_manager.token_indices"]
 
+    def keep_fp8(self) -> None:
+        """Hand the experts :class:`Fp8Rows` from now on. A stand-in of NaN takes their place between the two steps."""
+        self._comm_manager.fp8 = True
+
     def set_shared_experts(self, shared_experts: Any) -> None:
         """Run ``shared_experts`` beside dispatch and combine."""
         super().set_shared_experts(shared_experts)
@@ -185,9 +206,11 @@ class DeepepTokenDispatcher(MoETokenDispatcher):
 
     def dispatch_postprocess(
         self, hidden_states: torch.Tensor, probs: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Returns rows, int64 [num_local_experts] rows per expert, and gate values [num_rows]."""
+    ) -> tuple[torch.Tensor | Fp8Rows, torch.Tensor | None, torch.Tensor | None]:
+        """Returns rows, int64 [num_local_experts] rows per expert, and gate values [num_rows]; see :meth:`keep_fp8`."""
         manager = self._comm_manager
+        if manager.fp8:
+            return manager.take_fp8_rows(hidden_states), manager.tokens_per_expert, manager.dispatched_probs
         return hidden_states, manager.get_number_of_tokens_per_expert(), manager.dispatched_probs
 
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
