@@ -76,7 +76,9 @@ class RoutingGate(TopKGate):
                 1
             ]
             kept = kept & torch.zeros_like(gates, dtype=torch.bool).scatter_(0, winners, True).gather(1, chosen)
-        return Routes(chosen.masked_fill(~kept, -1), gates.gather(1, chosen) * kept, l_aux, counts)
+        # Under autocast the gates may be narrower than the weights that are dispatched.
+        weights = gates.gather(1, chosen).float() * kept
+        return Routes(chosen.masked_fill(~kept, -1), weights, l_aux, counts)
 
     def _top2(self, logits: torch.Tensor) -> Routes:
         gates = logits.softmax(dim=1)
@@ -102,7 +104,7 @@ class RoutingGate(TopKGate):
         kept = None
         if self.drop_tokens:
             scores = logits.gather(1, chosen) if _DROPS_BY_LOGITS else chosen_gates
-            candidates = torch.zeros_like(gates).scatter(1, chosen, scores.detach())
+            candidates = torch.zeros_like(gates).scatter(1, chosen, scores.detach().to(gates.dtype))
             winners = candidates.topk(min(self._capacity(gates, self.k), len(gates)), dim=0, sorted=False)[1]
             kept = torch.zeros_like(gates, dtype=torch.bool).scatter_(0, winners, True).gather(1, chosen)
         return _normalised(gates, chosen, kept, l_aux, counts)
@@ -143,7 +145,7 @@ def _normalised(
     if kept is not None:
         weights, chosen = weights * kept, chosen.masked_fill(~kept, -1)
     total = weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weights.dtype).eps)
-    return Routes(chosen, weights / total, l_aux, counts)
+    return Routes(chosen, (weights / total).float(), l_aux, counts)
 
 
 def is_plain_gate(gate: Any) -> bool:
