@@ -146,6 +146,25 @@ def test_a_rank_reads_its_experts_alone(finished: FinishedRun, examples_on_path:
     assert {name.split(".experts.")[1].split(".")[0] for name in asked if ".experts." in name} == {"2", "3"}
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3"])
+def test_filled_models_equal_what_transformers_loads(family: str, examples_on_path: None, tmp_path: Path) -> None:
+    import torch
+    from finetune.model import new_model, small_config
+    from finetune.options import parse_options
+    from finetune.weights import CheckpointFiles, fill
+    from transformers import AutoModelForCausalLM
+
+    options = parse_options([*TINY, "--family", family], 1)
+    new_model(small_config(options), options).save_pretrained(tmp_path)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    options.seed += 1
+    model = new_model(small_config(options), options)
+    fill(model, CheckpointFiles(tmp_path), range(options.experts))
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    assert not [name for name in found if not torch.equal(found[name], expected[name])]
+
+
 def test_quantised_checkpoints_are_refused(examples_on_path: None, tmp_path: Path) -> None:
     import torch
     from finetune.model import load_model

@@ -196,4 +196,4 @@ def serve_autoep(installation: Installation[Options]) -> None:
     installation.put(deepspeed_comm, "barrier", barrier_of_devices)
     if hasattr(comm, "COMM_MODULES"):
         # A source tree with our patch has a name for us, beside which deep_ep itself can be used.
-        installation.put(comm, "COMM_MODULES", comm.COMM_MODULES | {CONFIG_KEY: ours})
+        installation.add(comm.COMM_MODULES, CONFIG_KEY, ours)
