@@ -10,6 +10,7 @@ matrix, without it a part of it.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -673,6 +674,8 @@ def autoep_losses(
 
 def autoep_reopening(ep: int) -> dict[str, Any]:
     """The output of one engine before and after its memory was given back."""
+    # All of upstream's arguments pass the function that stands in for it.
+    deepspeed.comm.barrier(prof=False, log_name="before")
     engine = autoep_engine("deepep", 0, "bf16", ep)
     x = torch.randn(1, 32, 64, generator=torch.Generator().manual_seed(dist.get_rank())).bfloat16()
     outputs = [engine(x)]
@@ -726,7 +729,10 @@ def registry_job() -> dict[str, Any]:
     session.open_buffer = lambda *args, **shape: buffers.append(opened(*args, **shape)) or buffers[-1]
     autoep_losses("moe_ep_plugin", 2, "bf16", 1, 2)
     found["dispatches"] = sum(buffer.stats.operations for buffer in buffers)
+    table = importlib.import_module("deepspeed.module_inject.auto_ep_comm").COMM_MODULES
+    table["of somebody else"] = None
     uninstall()
+    found["others_stay"] = "of somebody else" in table
     try:
         autoep_losses("moe_ep_plugin", 0, "fp32", 1, 2)
         found["uninstalled"] = ""

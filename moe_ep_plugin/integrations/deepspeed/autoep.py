@@ -98,7 +98,7 @@ class ElasticBuffer:
                 "rows are grouped by expert without padding",
                 "use a DeepSpeed version that moe_ep_plugin supports",
             )
-        buffer = self._open(num_experts, x.dtype) if handle is None else self._opened()
+        buffer = self._open(num_experts, x) if handle is None else self._opened()
         out = buffer.dispatch(
             x.contiguous(),
             topk_idx,
@@ -136,7 +136,7 @@ class ElasticBuffer:
             self._owner.close_buffer(self._buffer)
         self._buffer = self._owner = None
 
-    def _open(self, num_experts: int | None, dtype: torch.dtype) -> EpBuffer:
+    def _open(self, num_experts: int | None, x: torch.Tensor) -> EpBuffer:
         session = current_session()
         if session is None:
             raise StateError(
@@ -144,7 +144,9 @@ class ElasticBuffer:
             )
         if self._buffer is None or self._buffer not in session.buffers:
             self._owner = session
-            self._buffer = session.open_buffer(self._group, num_experts=num_experts, dtype=dtype, **self._shape)
+            self._buffer = session.open_buffer(
+                self._group, num_experts=num_experts, dtype=x.dtype, device=x.device.type, **self._shape
+            )
         return self._buffer
 
     def _opened(self) -> EpBuffer:

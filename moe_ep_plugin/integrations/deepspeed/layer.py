@@ -78,6 +78,8 @@ class EpMOELayer(MOELayer):
                 hidden=x.shape[1],
                 dtype=max(x.dtype, weight_dtype, key=lambda dtype: dtype.itemsize),
                 num_tokens=x.shape[0],
+                # DS_ACCELERATOR=cpu keeps a job from the GPU that is there.
+                device=x.device.type,
             )
             with self._timed(FIRST_ALLTOALL_TIMER, "time_falltoall"):
                 sent = dispatcher.dispatch(x.contiguous(), experts, weights)
