@@ -41,7 +41,7 @@ def fail(message: str, rank: int, *, everywhere: bool = True) -> NoReturn:
         everywhere: All ranks fail in the same way. Otherwise this rank says it, whichever it is.
     """
     if not everywhere:
-        print(f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
+        print(f"error{f' on rank {rank}' if rank else ''}: {message}", file=sys.stderr, flush=True)
     elif rank == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:

@@ -234,15 +234,15 @@ def test_only_the_first_rank_holds_the_whole_model(examples_on_path: None, monke
     assert len(alive) == 5 and most <= 2
 
 
-@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize(("rank", "start"), [(0, "error"), (3, "error on rank 3")])
 def test_an_error_of_one_rank_is_printed_by_it(
-    rank: int, examples_on_path: None, capsys: pytest.CaptureFixture[str]
+    rank: int, start: str, examples_on_path: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from pretrain.options import fail
 
     with pytest.raises(SystemExit) as ended:
         fail("no room", rank, everywhere=False)
-    assert ended.value.code == 2 and capsys.readouterr().err == f"error on rank {rank}: no room\n"
+    assert ended.value.code == 2 and capsys.readouterr().err == f"{start}: no room\n"
 
 
 @pytest.mark.parametrize(
