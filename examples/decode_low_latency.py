@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     try:
         job = Job(options, launch, corpus)
     except (UsageError, BackendUnavailable, ConfigError) as error:
-        fail(str(error), launch.rank)
+        fail(str(error), launch.rank, everywhere=False)
 
     shape, tokens_per_step = job.shape, options.batch * launch.num_ranks
     if first:

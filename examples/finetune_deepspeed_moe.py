@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
 
         result = Trainer(options, launch, source, target, device).run()
     except (UsageError, BackendUnavailable, ConfigError) as error:
-        fail(str(error), launch.rank)
+        fail(str(error), launch.rank, everywhere=False)
     setup.leave()
     if launch.rank == 0:
         print("RESULT " + json.dumps(result), flush=True)

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
         trainer = Trainer(options, launch, corpus, device)
         trainer.run()
     except (UsageError, BackendUnavailable, ConfigError) as error:
-        fail(str(error), launch.rank)
+        fail(str(error), launch.rank, everywhere=False)
     result = trainer.result() if launch.rank == 0 and not trainer.interrupted else None
     setup.leave()
     if trainer.interrupted:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 
 import torch
 import torch.distributed as dist
+from finetune.setup import join_ranks_for_deepspeed, zero_stage
 from pretrain.data import VOCAB_SIZE, load_corpus, training_windows
 from pretrain.options import Launch
 from torch import nn
@@ -84,7 +84,9 @@ def parse(argv: list[str], num_ranks: int) -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--topk", type=int, default=2)
     parser.add_argument("--residual", action="store_true", help="PR-MoE: an MLP beside the experts")
-    parser.add_argument("--zero", type=int, choices=(0, 1, 2), default=1, help="ZeRO stage")
+    parser.add_argument(
+        "--zero", type=int, choices=(0, 1, 2), help="ZeRO stage; default: 1, or 0 where ranks share a GPU"
+    )
     parser.add_argument("--expert-parallel", type=int, default=num_ranks, help="ranks that share one set of experts")
     options = parser.parse_args(argv)
     if num_ranks % options.expert_parallel or options.experts % options.expert_parallel:
@@ -96,25 +98,20 @@ def main(argv: list[str]) -> None:
     """Run one rank."""
     launch = Launch.from_environment()
     options = parse(argv, launch.num_ranks)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
-    else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.num_local_ranks))
-        integration.enable_cpu()
+    join_ranks_for_deepspeed(launch)
     if options.dispatch == "ours":
         integration.install()
     import deepspeed
 
-    shared_gpus = torch.cuda.is_available() and launch.num_local_ranks > torch.cuda.device_count()
-    nccl = torch.cuda.is_available() and not shared_gpus
-    deepspeed.init_distributed("cpu:gloo,cuda:nccl" if nccl else "gloo", auto_mpi_discovery=False, verbose=False)
+    # Takes the process group that is there.
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     corpus = load_corpus(options.data)
     torch.manual_seed(1)
     model = Model(options)
     config = {
         "train_micro_batch_size_per_gpu": 8,
         "steps_per_print": 10**9,
-        "zero_optimization": {"stage": options.zero},
+        "zero_optimization": {"stage": zero_stage(launch, 1) if options.zero is None else options.zero},
         "optimizer": {"type": "Adam", "params": {"lr": 2e-3, "torch_adam": True}},
         "moe_ep_plugin": {"backend": options.backend},
     }

@@ -95,6 +95,11 @@ class EpBuffer:
         return self._backend.name
 
     @property
+    def most_sms(self) -> int | None:
+        """The largest ``num_sms`` of a call: this rank's share of its GPU; None on CPU backends."""
+        return self._backend.most_sms
+
+    @property
     def num_local_experts(self) -> int:
         """Experts stored on this rank; may be 0."""
         return len(self.placement.experts_of_rank[self.rank])

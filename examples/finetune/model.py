@@ -94,6 +94,11 @@ def load_model(folder: Path, options: argparse.Namespace) -> tuple[torch.nn.Modu
     from transformers.initialization import no_init_weights
 
     config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UsageError(
+            f"--model {folder}: its config.json has a quantization_config, but weights are read as they are stored; "
+            "name a checkpoint that is not quantised"
+        )
     experts, ep = num_experts(config), options.expert_parallel
     if experts % ep:
         raise UsageError(f"--expert-parallel {ep}: it must divide the {experts} experts of {folder}")

@@ -4,34 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
 
 from pretrain.errors import UsageError
+from pretrain.options import Parser, count
 
 FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v3")
 LORA_RATE = 1e-2
 FULL_RATE = 1e-3
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports errors as UsageError, so that they are printed by one rank."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see --help")
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
-
-
-_count.__name__ = "whole number"
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="finetune_deepspeed_moe.py",
         description="Fine-tune a Hugging Face MoE model with DeepSpeed (ZeRO, AutoEP) and moe_ep_plugin.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -45,28 +28,28 @@ def _parser() -> argparse.ArgumentParser:
         "Without it a small model is made, trained on --source-data and saved in OUT/base first",
     )
     model.add_argument("--family", choices=FAMILIES, default="qwen3_moe", help="of the small model")
-    model.add_argument("--layers", type=_count, default=2, help="of the small model")
-    model.add_argument("--hidden-size", type=_count, default=128, help="of the small model, a multiple of 32")
-    model.add_argument("--experts", type=_count, default=8, help="of the small model, in a layer")
-    model.add_argument("--topk", type=_count, default=2, help="experts that a token of the small model is sent to")
+    model.add_argument("--layers", type=count, default=2, help="of the small model")
+    model.add_argument("--hidden-size", type=count, default=128, help="of the small model, a multiple of 32")
+    model.add_argument("--experts", type=count, default=8, help="of the small model, in a layer")
+    model.add_argument("--topk", type=count, default=2, help="experts that a token of the small model is sent to")
     model.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and activations")
-    model.add_argument("--lora", type=_count, metavar="RANK", help="train adapters of this rank on attention only")
+    model.add_argument("--lora", type=count, metavar="RANK", help="train adapters of this rank on attention only")
 
     data = parser.add_argument_group("data")
     data.add_argument("--data", nargs="+", metavar="PATH", help="text to fine-tune on; default: Python's manual")
     data.add_argument(
         "--source-data", nargs="+", metavar="PATH", help="text that the model comes from; default: Python's own sources"
     )
-    data.add_argument("--seq-length", type=_count, default=128, help="tokens in a training window")
-    data.add_argument("--micro-batch-size", type=_count, default=8, help="windows per rank and step")
+    data.add_argument("--seq-length", type=count, default=128, help="tokens in a training window")
+    data.add_argument("--micro-batch-size", type=count, default=8, help="windows per rank and step")
     data.add_argument("--seed", type=int, default=1, help="decides the initial weights and the data order")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--base-steps", type=_count, default=300, help="steps that the small model is trained first")
+    training.add_argument("--base-steps", type=count, default=300, help="steps that the small model is trained first")
     training.add_argument("--base-lr", type=float, default=4e-3, help="peak learning rate then")
-    training.add_argument("--steps", type=_count, default=200, help="steps of fine-tuning")
+    training.add_argument("--steps", type=count, default=200, help="steps of fine-tuning")
     training.add_argument("--lr", type=float, help=f"peak learning rate; default: {FULL_RATE}, with --lora {LORA_RATE}")
-    training.add_argument("--eval-windows", type=_count, default=128, help="held-out windows, the same every time")
+    training.add_argument("--eval-windows", type=count, default=128, help="held-out windows, the same every time")
     training.add_argument(
         "--zero",
         type=int,
@@ -84,11 +67,11 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="what moves the rows under deepep",
     )
-    parallel.add_argument("--expert-parallel", type=_count, help="ranks that share one set of experts; default: all")
+    parallel.add_argument("--expert-parallel", type=count, help="ranks that share one set of experts; default: all")
 
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, default=Path("runs/finetune"), help="everything goes here")
-    output.add_argument("--save-interval", type=_count, help="steps between checkpoints in OUT/checkpoints")
+    output.add_argument("--save-interval", type=count, help="steps between checkpoints in OUT/checkpoints")
     output.add_argument("--resume", action="store_true", help="go on from the newest of OUT/checkpoints")
     return parser
 

@@ -10,6 +10,29 @@ import warnings
 import torch
 import torch.distributed as dist
 from pretrain.options import Launch
+from pretrain.setup import gpus_are_shared, join_ranks
+
+
+def join_ranks_for_deepspeed(launch: Launch) -> torch.device:
+    """Form the process group before DeepSpeed is imported; returns the device to train on.
+
+    DeepSpeed's engine computes on the GPU whose number is $LOCAL_RANK, which is there for as many ranks as GPUs only.
+    Its own start would also tie the process group to that GPU.
+    """
+    on_gpu = torch.cuda.is_available()
+    number = launch.local_rank % torch.cuda.device_count() if on_gpu else launch.local_rank
+    os.environ["LOCAL_RANK"] = str(number)
+    device = join_ranks(launch, on_gpu=on_gpu)
+    if not on_gpu:
+        from moe_ep_plugin.integrations.deepspeed import enable_cpu
+
+        enable_cpu()
+    return device
+
+
+def zero_stage(launch: Launch, otherwise: int) -> int:
+    """The ZeRO stage of a job that asks for none: of GPU tensors, gloo can't gather what stages above 0 gather."""
+    return 0 if gpus_are_shared(launch) else otherwise
 
 
 def join(launch: Launch, options: argparse.Namespace) -> torch.device:
@@ -18,29 +41,13 @@ def join(launch: Launch, options: argparse.Namespace) -> torch.device:
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    os.environ |= {"HF_HUB_OFFLINE": "1", "LOCAL_RANK": str(launch.local_rank)}
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    device = join_ranks_for_deepspeed(launch)
     from moe_ep_plugin.integrations import deepspeed as integration
 
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        # Ranks that each use every core slow each other down.
-        torch.set_num_threads(max(1, cores // launch.num_local_ranks))
-        integration.enable_cpu()
     integration.install(backend=options.backend)
-    # NCCL refuses two ranks on one GPU, and of GPU tensors gloo moves what all-reduces and broadcasts move.
-    shared = on_gpu and launch.num_local_ranks > torch.cuda.device_count()
-    kind = "cpu:gloo,cuda:nccl" if on_gpu and not shared else "gloo"
     if options.zero is None:
-        options.zero = 0 if options.lora or shared else 2
-    if "RANK" in os.environ:
-        dist.init_process_group(kind)
-    else:
-        dist.init_process_group(kind, store=dist.HashStore(), rank=0, world_size=1)
+        options.zero = zero_stage(launch, 0 if options.lora else 2)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -16,6 +16,8 @@ from safetensors import safe_open
 _EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
 # Mixtral's files have names of their own for what the model calls as the others do.
 _MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+# As safetensors names them.
+_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 class CheckpointFiles:
@@ -37,11 +39,17 @@ class CheckpointFiles:
         """A tensor, or some of its first dimension.
 
         Raises:
-            UsageError: It is not there.
+            UsageError: It is not there, or is quantised.
         """
         if name not in self:
             raise UsageError(f"--model {self.folder}: {name} is missing from its files")
         file = self._file_of[name]
+        stored = file.get_slice(name).get_dtype()
+        if stored not in _DTYPES:
+            raise UsageError(
+                f"--model {self.folder}: {name} is stored as {stored}, but weights must be one of "
+                f"{', '.join(_DTYPES)}; name a checkpoint that is not quantised"
+            )
         tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
         self.bytes_read += tensor.numel() * tensor.itemsize
         return tensor
@@ -111,8 +119,12 @@ def export(engine: Any, config: Any, folder: Path, expert_group: dist.ProcessGro
     """Write the model as a checkpoint that transformers loads; every rank calls it, rank 0 holds the whole."""
     from transformers import AutoModelForCausalLM
 
-    state = dict(whole_state(engine, expert_group))
-    if dist.get_rank() == 0:
+    first, state = dist.get_rank() == 0, {}
+    for name, value in whole_state(engine, expert_group):
+        # The other ranks only take part in gathering: the whole need not fit beside them.
+        if first:
+            state[name] = value
+    if first:
         for gate in [name for name in state if name.endswith(".experts.w1")]:
             prefix = gate.removesuffix("w1")
             state[prefix + "gate_up_proj"] = torch.cat([state.pop(gate), state.pop(prefix + "w3")], dim=1)

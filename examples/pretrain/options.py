@@ -32,9 +32,17 @@ class Launch:
         return Launch(number("RANK", 0), ranks, number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", ranks))
 
 
-def fail(message: str, rank: int) -> NoReturn:
-    """Say what is wrong, once for all ranks, and end this process with status 2."""
-    if rank == 0:
+def fail(message: str, rank: int, *, everywhere: bool = True) -> NoReturn:
+    """Say what is wrong, once for all ranks, and end this process with status 2.
+
+    Args:
+        message: What is wrong.
+        rank: This rank.
+        everywhere: All ranks fail in the same way. Otherwise this rank says it, whichever it is.
+    """
+    if not everywhere:
+        print(f"error{f' on rank {rank}' if rank else ''}: {message}", file=sys.stderr, flush=True)
+    elif rank == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:
         # torchrun stops every rank as soon as one has failed: leave rank 0 the time to say why.

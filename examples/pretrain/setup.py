@@ -12,6 +12,11 @@ import torch.distributed as dist
 from .options import Launch
 
 
+def gpus_are_shared(launch: Launch) -> bool:
+    """Whether several ranks compute on one GPU of this machine."""
+    return torch.cuda.is_available() and launch.num_local_ranks > torch.cuda.device_count()
+
+
 def join_ranks(launch: Launch, *, on_gpu: bool) -> torch.device:
     """Form the default process group; returns this rank's device."""
     if on_gpu:
@@ -22,7 +27,7 @@ def join_ranks(launch: Launch, *, on_gpu: bool) -> torch.device:
         # Ranks that each use every core slow each other down; a container may be allowed fewer than there are.
         torch.set_num_threads(max(1, num_cores() // launch.num_local_ranks))
     # NCCL refuses two ranks on one GPU.
-    kind = "cpu:gloo,cuda:nccl" if on_gpu and launch.num_local_ranks <= torch.cuda.device_count() else "gloo"
+    kind = "cpu:gloo,cuda:nccl" if on_gpu and not gpus_are_shared(launch) else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(kind)
     else:

@@ -216,10 +216,12 @@ class Backend(ABC):
         name: What ``EpConfig(backend=...)`` calls it.
         orders_streams: Whether the backend itself waits for ``previous_event`` and honours ``async_op``. Otherwise
             the buffer makes the caller wait for the event first, and the call completes before it returns.
+        most_sms: The largest ``num_sms`` that a call may ask for, None where it has no meaning.
     """
 
     name: str
     orders_streams = False
+    most_sms: int | None = None
 
     @abstractmethod
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:

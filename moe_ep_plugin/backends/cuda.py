@@ -66,6 +66,7 @@ class CudaBackend(CudaLowLatency, HeapBackend):
         self._two_stage = two_stage
         self._ranks_on_device = ranks_on_device
         self._device_sms = module.num_sms_of(device.index)
+        self.most_sms = self._device_sms // ranks_on_device
         self._in_flight: deque[tuple[GpuEvent, tuple[Any, ...]]] = deque()
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Generic
 
 from .session import OptionsT, Session
@@ -16,17 +17,22 @@ class Installation(Generic[OptionsT]):
 
     def __init__(self, session: Session[OptionsT]) -> None:
         self.session = session
-        self._undo: list[tuple[Any, str, Any]] = []
+        self._undo: list[Callable[[], object]] = []
 
     def put(self, owner: Any, name: str, value: Any) -> Any:
         """Set ``owner.name``, remembering and returning what was there."""
         before = getattr(owner, name)
-        self._undo.append((owner, name, before))
+        self._undo.append(lambda: setattr(owner, name, before))
         setattr(owner, name, value)
         return before
+
+    def add(self, table: dict[str, Any], key: str, value: Any) -> None:
+        """Give a framework's table one more key; what others add to it meanwhile stays when ours is removed."""
+        self._undo.append(lambda: table.pop(key, None))
+        table[key] = value
 
     def remove(self) -> None:
         """Restore everything and close the buffers."""
         while self._undo:
-            setattr(*self._undo.pop())
+            self._undo.pop()()
         self.session.close()

@@ -17,7 +17,7 @@ from .options import BufferOptions
 
 OptionsT = TypeVar("OptionsT", bound=BufferOptions)
 
-_Key = tuple[dist.ProcessGroup | None, int, int, int, torch.dtype]
+_Key = tuple[dist.ProcessGroup | None, int, int, int, torch.dtype, str | None]
 
 
 class Session(Generic[OptionsT]):
@@ -65,6 +65,7 @@ class Session(Generic[OptionsT]):
         hidden: int,
         dtype: torch.dtype,
         num_tokens: int,
+        device: str | None = None,
     ) -> TokenDispatcher:
         """The dispatcher for layers of this shape; the first call with a shape is collective over ``group``.
 
@@ -75,11 +76,12 @@ class Session(Generic[OptionsT]):
             hidden: Elements in a row.
             dtype: Widest dtype of rows.
             num_tokens: Tokens of this rank, from which the heap is sized unless an option says it.
+            device: Type of the device that rows are on; None: CUDA if there is one.
 
         Raises:
             ConfigError: This rank has more tokens than the buffer takes; nothing was sent.
         """
-        key = (group, num_experts, num_topk, hidden, dtype)
+        key = (group, num_experts, num_topk, hidden, dtype, device)
         if key not in self._dispatchers:
             self._dispatchers[key] = self._make(key, num_tokens)
         dispatcher = self._dispatchers[key]
@@ -95,7 +97,7 @@ class Session(Generic[OptionsT]):
         return dispatcher
 
     def _make(self, key: _Key, num_tokens: int) -> TokenDispatcher:
-        group, num_experts, num_topk, hidden, dtype = key
+        group, num_experts, num_topk, hidden, dtype, device = key
         limit = self.options.max_tokens_per_rank
         if limit is None:
             _, num_ranks = group_rank_and_size(group)
@@ -111,6 +113,7 @@ class Session(Generic[OptionsT]):
             hidden=hidden,
             dtype=dtype,
             max_tokens_per_rank=limit,
+            device=device,
         )
         return TokenDispatcher(buffer)
 

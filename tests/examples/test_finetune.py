@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import runpy
 import shutil
 import sys
@@ -142,6 +144,105 @@ def test_a_rank_reads_its_experts_alone(finished: FinishedRun, examples_on_path:
         else:
             assert torch.equal(value, whole[name])
     assert {name.split(".experts.")[1].split(".")[0] for name in asked if ".experts." in name} == {"2", "3"}
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3"])
+def test_filled_models_equal_what_transformers_loads(family: str, examples_on_path: None, tmp_path: Path) -> None:
+    import torch
+    from finetune.model import new_model, small_config
+    from finetune.options import parse_options
+    from finetune.weights import CheckpointFiles, fill
+    from transformers import AutoModelForCausalLM
+
+    options = parse_options([*TINY, "--family", family], 1)
+    new_model(small_config(options), options).save_pretrained(tmp_path)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    options.seed += 1
+    model = new_model(small_config(options), options)
+    fill(model, CheckpointFiles(tmp_path), range(options.experts))
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    assert not [name for name in found if not torch.equal(found[name], expected[name])]
+
+
+def test_quantised_checkpoints_are_refused(examples_on_path: None, tmp_path: Path) -> None:
+    import torch
+    from finetune.model import load_model
+    from finetune.weights import CheckpointFiles
+    from pretrain.errors import UsageError
+    from safetensors.torch import save_file
+    from transformers import Qwen3MoeConfig
+
+    save_file(
+        {"good": torch.ones(2, dtype=torch.bfloat16), "w": torch.ones(2, dtype=torch.int8)}, tmp_path / "a.safetensors"
+    )
+    files = CheckpointFiles(tmp_path)
+    assert files.read("good").tolist() == [1, 1]
+    with pytest.raises(UsageError, match=r"w is stored as I8, but weights must be one of F64.*not quantised"):
+        files.read("w", slice(0, 1))
+    Qwen3MoeConfig(quantization_config={"quant_method": "fp8"}).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"config\.json has a quantization_config.*not quantised"):
+        load_model(tmp_path, argparse.Namespace(expert_parallel=1, dtype="fp32"))
+
+
+@pytest.mark.parametrize(("gpus", "number", "zero"), [(1, "0", 0), (2, "1", 0), (4, "3", 2)])
+def test_ranks_share_gpus(
+    gpus: int, number: str, zero: int, examples_on_path: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A GPU is not there: what DeepSpeed and the process group are told is.
+    import torch
+    from finetune import setup
+    from pretrain import setup as joining
+    from pretrain.options import Launch
+
+    told: list[str] = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.append(str(device)))
+    monkeypatch.setattr(joining.dist, "init_process_group", told.append)
+    launch = Launch(rank=3, num_ranks=4, local_rank=3, num_local_ranks=4)
+    assert str(setup.join_ranks_for_deepspeed(launch)) == f"cuda:{number}" == told[0]
+    assert os.environ["LOCAL_RANK"] == number, "the GPU that DeepSpeed's engine takes"
+    assert told[1] == ("cpu:gloo,cuda:nccl" if gpus == 4 else "gloo")
+    assert setup.zero_stage(launch, 2) == zero
+
+
+def test_only_the_first_rank_holds_the_whole_model(examples_on_path: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import weakref
+
+    import torch
+    from finetune import weights
+
+    alive: list[Any] = []
+    most = 0
+
+    def tensors(*_: Any) -> Any:
+        nonlocal most
+        for _ in range(5):
+            value = torch.ones(2)
+            alive.append(weakref.ref(value))
+            most = max(most, sum(one() is not None for one in alive))
+            yield "name", value
+            del value
+
+    monkeypatch.setattr(weights, "whole_state", tensors)
+    monkeypatch.setattr(weights.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(weights.dist, "barrier", lambda: None)
+    weights.export(None, None, Path(), None)
+    assert len(alive) == 5 and most <= 2
+
+
+@pytest.mark.parametrize(("rank", "start"), [(0, "error"), (3, "error on rank 3")])
+def test_an_error_of_one_rank_is_printed_by_it(
+    rank: int, start: str, examples_on_path: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pretrain.options import fail
+
+    with pytest.raises(SystemExit) as ended:
+        fail("no room", rank, everywhere=False)
+    assert ended.value.code == 2 and capsys.readouterr().err == f"{start}: no room\n"
 
 
 @pytest.mark.parametrize(

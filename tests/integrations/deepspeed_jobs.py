@@ -10,12 +10,14 @@ matrix, without it a part of it.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import logging
 import os
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ import torch.distributed as dist  # noqa: E402
 from torch import nn  # noqa: E402
 
 torch.set_num_threads(1)
+from moe_ep_plugin.integrations import deepspeed as integration  # noqa: E402
 from moe_ep_plugin.integrations.deepspeed import convert, enable_cpu, install, statistics, uninstall  # noqa: E402
 
 enable_cpu()
@@ -33,7 +36,7 @@ from deepspeed.moe.layer import MoE  # noqa: E402
 from deepspeed.moe.sharded_moe import MOELayer, TopKGate  # noqa: E402
 from deepspeed.utils import groups  # noqa: E402
 
-from moe_ep_plugin.errors import EpError  # noqa: E402
+from moe_ep_plugin.errors import ConfigError, EpError  # noqa: E402
 from moe_ep_plugin.integrations.deepspeed.upstream import AUTOEP_BACKENDS_SINCE, numbers_of  # noqa: E402
 from tests.integrations.worlds import world  # noqa: E402
 
@@ -168,7 +171,12 @@ def worst(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], resoluti
     """
     assert one.keys() == other.keys(), sorted(one.keys() ^ other.keys())
     beyond = {name: ((one[name] - other[name]).abs() - resolution).clamp_min(0).max() for name in one}
-    return max(float(beyond[name] / one[name].abs().max().clamp_min(1e-6)) for name in one)
+    return largest(float(beyond[name] / one[name].abs().max().clamp_min(1e-6)) for name in one)
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest, or NaN if there is one, which ``max`` would pass over."""
+    return float(torch.tensor(list(values), dtype=torch.float64).max())
 
 
 # A gradient is measured as the difference of two parameters below 1, each rounded to 2^-24, over the learning rate, and
@@ -202,9 +210,9 @@ def matrix_job(eps: tuple[int, ...], ks: tuple[int, ...] = (1, 2, 3)) -> dict[st
                 same = [{n: v for n, v in one.items() if n in two} for one, two in zip(reference[k], ours, strict=True)]
                 found[f"k{k} ep{ep} zero{stage}"] = {
                     "losses": losses,
-                    "loss": max(abs(a - b) for a, b in zip(stock_losses, losses, strict=True)),
-                    "gradients": max(worst(a, b, RESOLUTION) for a, b in zip(stock, ours, strict=True)),
-                    "against_first_ep": max(worst(a, b, RESOLUTION) for a, b in zip(same, ours, strict=True)),
+                    "loss": largest(abs(a - b) for a, b in zip(stock_losses, losses, strict=True)),
+                    "gradients": largest(worst(a, b, RESOLUTION) for a, b in zip(stock, ours, strict=True)),
+                    "against_first_ep": largest(worst(a, b, RESOLUTION) for a, b in zip(same, ours, strict=True)),
                     "largest": max(float(v.abs().max()) for v in ours[0].values()),
                     "parameters": len(ours[0]),
                     "operations": operations,
@@ -256,10 +264,14 @@ def layer_job(ep: int, mpu: Any = None, **settings: Any) -> dict[str, Any]:
     found: dict[str, dict[str, torch.Tensor]] = {}
     before, gather = groups.mpu, deepspeed.comm.all_gather_into_tensor
     groups.mpu = mpu
-    # Upstream gathers shaped tensors into flat ones, which gloo refuses.
-    deepspeed.comm.all_gather_into_tensor = lambda out, x, group: gather(out, x.reshape(-1), group=group)
+
+    def flat(out: torch.Tensor, x: torch.Tensor, group: Any) -> Any:
+        return gather(out, x.reshape(-1), group=group)
+
     try:
         for side in SIDES:
+            # Upstream gathers shaped tensors into flat ones, which gloo refuses.
+            deepspeed.comm.all_gather_into_tensor = flat if side == "stock" else gather
             net = make_net(side, ep, **settings)
             for layer in net.layers:
                 layer.set_deepspeed_parallelism()
@@ -433,6 +445,7 @@ def identity_job(ep: int) -> dict[str, Any]:
     built_later = Net(ep)
     inner = net.layers[0].deepspeed_moe
     return {
+        "still_functions": all(callable(getattr(integration, name)) for name in integration.__all__),
         "same_objects": all(parameters[n] is after[n] for n in parameters) and list(parameters) == list(after),
         "same_modules": all(modules[n] is m for n, m in net.named_modules()),
         "same_marks": marks
@@ -455,6 +468,52 @@ def client_optimizer_job(ep: int) -> dict[str, Any]:
     engine = deepspeed.initialize(model=net, optimizer=optimizer, config=config)[0]
     losses = train(engine, 3)
     return {"losses": losses, "expected": train(make_engine(make_net("ours", ep, k=2), STAGES[-1]), 3)}
+
+
+def scheduler_job(ep: int) -> dict[str, Any]:
+    """A torch scheduler made before the engine: its optimizer's groups stay, or it is refused."""
+
+    def losses(side: str, early: bool = False, stage: int = 0) -> Any:
+        net = make_net(side, ep, k=2)
+        optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+        if early:
+            convert(net, optimizer=optimizer)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+        config = engine_config(stage)
+        del config["optimizer"]
+        engine = deepspeed.initialize(model=net, optimizer=optimizer, lr_scheduler=scheduler, config=config)[0]
+        return train(engine, 3)
+
+    found = both(losses)
+    found["early"] = losses("ours", early=True)
+    if len(STAGES) > 1:
+        found["zero1"] = losses("ours", early=True, stage=1)
+        found["too_late"] = error_of(lambda: losses("ours", stage=1))
+    return found
+
+
+def autocast_job(ep: int) -> dict[str, Any]:
+    """Losses of one layer under autocast, where gate values are narrower than the tokens.
+
+    Of one, because a second one turns rounding into other choices of experts.
+    """
+
+    def run(side: str, k: int, drop: bool) -> list[float]:
+        net = make_net(side, ep, k=k, drop_tokens=drop)
+        layer = net.layers[0]
+        layer.set_deepspeed_parallelism()
+        torch.manual_seed(7)
+        with torch.autocast("cpu", torch.bfloat16):
+            y, l_aux, _ = layer(rank_input())
+        (y.float().pow(2).mean() + l_aux).backward()
+        gate = layer.deepspeed_moe.gate.wg.weight
+        return [float(y.float().pow(2).mean()), float(l_aux), float(gate.grad.abs().sum())]
+
+    return {
+        f"k{k} drop={drop}": both(lambda side, k=k, drop=drop: run(side, k, drop))
+        for k in (1, 2, 3)
+        for drop in (False, True)
+    }
 
 
 def config_section_job(ep: int) -> dict[str, Any]:
@@ -502,19 +561,39 @@ def misuse_job(ep: int) -> dict[str, Any]:
     three = MoE(HIDDEN, Expert(), num_experts=3, ep_size=3)
     found["ranks"] = error_of(lambda: make_engine(three, 0))
     own = make_net("stock", ep)
-    own.layers[0].deepspeed_moe.gate.__class__ = OwnGate
+    own.layers[1].deepspeed_moe.gate.__class__ = OwnGate
     found["gate"] = error_of(lambda: convert(own))
+    found["unchanged"] = ["none", type(own.layers[0].deepspeed_moe).__name__]
     net = make_net("ours", ep, k=2)
     engine = make_engine(net, 0)
     train(engine, 1)
     found["too_many"] = error_of(lambda: engine(rank_input().repeat(1, 4, 1)))
     found["open"] = error_of(lambda: install(timeout_s=7.0))
+    net.layers[0].deepspeed_moe.gate = TopKGate(HIDDEN, EXPERTS, k=2)
+    found["gate_replaced"] = error_of(lambda: engine(rank_input()))
     uninstall()
     found["uninstalled"] = error_of(lambda: engine(rank_input()))
-    real, deepspeed.__version__ = deepspeed.__version__, "0.17.6"
-    found["version"] = error_of(install)
+    real = deepspeed.__version__
+    for name, deepspeed.__version__ in (("version", "0.17.6"), ("older_patch", "0.18.8")):
+        found[name] = error_of(install)
     deepspeed.__version__ = real
+    found["half_installed"] = half_installed()
     return found
+
+
+def half_installed() -> list[str]:
+    """What is left of an installation whose last part fails."""
+    installing = sys.modules["moe_ep_plugin.integrations.deepspeed.install"]
+    prepared, build = installing._prepare_engines, MoE.__init__
+
+    def fails(installation: Any) -> None:
+        prepared(installation)
+        raise ConfigError("the rest is missing")
+
+    installing._prepare_engines = fails
+    error = error_of(install)
+    installing._prepare_engines = prepared
+    return [error[0], f"left: {[] if MoE.__init__ is build and integration.current_session() is None else build}"]
 
 
 # AutoEP
@@ -561,9 +640,7 @@ class HfNet(nn.Module):
         return self.lm_head(x)
 
 
-def autoep_losses(
-    backend: str, stage: int, dtype: str, steps: int, ep: int, checkpointing: bool = False
-) -> list[float]:
+def autoep_engine(backend: str, stage: int, dtype: str, ep: int, checkpointing: bool = False) -> Any:
     torch.manual_seed(3)
     config = engine_config(stage, "Adam")
     config["expert_parallel"] = {
@@ -576,7 +653,13 @@ def autoep_losses(
     }
     if dtype == "bf16":
         config["bf16"] = {"enabled": True}
-    engine = deepspeed.initialize(model=HfNet(checkpointing), config=config)[0]
+    return deepspeed.initialize(model=HfNet(checkpointing), config=config)[0]
+
+
+def autoep_losses(
+    backend: str, stage: int, dtype: str, steps: int, ep: int, checkpointing: bool = False
+) -> list[float]:
+    engine = autoep_engine(backend, stage, dtype, ep, checkpointing)
     generator = torch.Generator().manual_seed(9 + dist.get_rank())
     x = torch.randn(1, 32, 64, generator=generator).to(torch.bfloat16 if dtype == "bf16" else torch.float32)
     losses = []
@@ -587,6 +670,25 @@ def autoep_losses(
         losses.append(float(loss))
     engine.destroy()
     return losses
+
+
+def autoep_reopening(ep: int) -> dict[str, Any]:
+    """The output of one engine before and after its memory was given back."""
+    # All of upstream's arguments pass the function that stands in for it.
+    deepspeed.comm.barrier(prof=False, log_name="before")
+    engine = autoep_engine("deepep", 0, "bf16", ep)
+    x = torch.randn(1, 32, 64, generator=torch.Generator().manual_seed(dist.get_rank())).bfloat16()
+    outputs = [engine(x)]
+    install().close()
+    outputs.append(engine(x))
+    uninstall()
+    found = {"uninstalled": error_of(lambda: engine(x))}
+    install(backend=BACKEND, timeout_s=60.0)
+    outputs.append(engine(x))
+    same = [torch.equal(outputs[0], output) for output in outputs]
+    found |= {"same": same, "buffers": statistics()["buffers"]}
+    engine.destroy()
+    return found | {"left_open": statistics()["buffers"]}
 
 
 def autoep_job(ep: int) -> dict[str, Any]:
@@ -603,6 +705,7 @@ def autoep_job(ep: int) -> dict[str, Any]:
         "comm": found["zero0 fp32"]["ours"],
         "ours": autoep_losses("deepep", 0, "fp32", 8, ep, checkpointing=True),
     }
+    found["reopened"] = autoep_reopening(ep)
     found["no_module"] = "deep_ep" not in sys.modules
     uninstall()
     install(autoep=False)
@@ -626,7 +729,10 @@ def registry_job() -> dict[str, Any]:
     session.open_buffer = lambda *args, **shape: buffers.append(opened(*args, **shape)) or buffers[-1]
     autoep_losses("moe_ep_plugin", 2, "bf16", 1, 2)
     found["dispatches"] = sum(buffer.stats.operations for buffer in buffers)
+    table = importlib.import_module("deepspeed.module_inject.auto_ep_comm").COMM_MODULES
+    table["of somebody else"] = None
     uninstall()
+    found["others_stay"] = table.pop("of somebody else", "lost") is None
     try:
         autoep_losses("moe_ep_plugin", 0, "fp32", 1, 2)
         found["uninstalled"] = ""
@@ -647,6 +753,8 @@ def world2() -> dict[str, Any]:
     out["timers"] = timers_job(2)
     out["identity"] = identity_job(2)
     out["client_optimizer"] = client_optimizer_job(2)
+    out["scheduler"] = scheduler_job(2)
+    out["autocast"] = autocast_job(2)
     out["config_section"] = config_section_job(2)
     out["checkpoints"] = {f"zero{stage}": checkpoint_job(2, stage) for stage in STAGES[::2]}
     out["misuse"] = misuse_job(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from .conftest import DeepSpeed, Ranks, versions_of
 
 
 def worst(one: list[float], other: list[float]) -> float:
-    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+    differences = [abs(a - b) for a, b in zip(one, other, strict=True)]
+    # ``max`` passes over NaN.
+    return math.nan if any(map(math.isnan, differences)) else max(differences)
 
 
 def sides(found: dict[str, list[float]]) -> float:
@@ -31,6 +34,8 @@ def test_loss_and_gradients_of_eight_steps_equal_stock(deepspeed_ranks: Ranks, w
 @pytest.mark.parametrize("world", ["world2", "world4"])
 def test_gradients_do_not_depend_on_expert_parallelism(deepspeed_ranks: Ranks, world: str) -> None:
     for rank in deepspeed_ranks(world):
+        if len({case.split()[1] for case in rank["matrix"]}) == 1:
+            pytest.skip("one expert-parallel size is tested with this version: there is nothing to compare")
         for case, found in rank["matrix"].items():
             assert found["against_first_ep"] < 1e-5, case
 
@@ -55,7 +60,13 @@ def test_replicas_of_experts_have_the_same_bits(deepspeed_ranks: Ranks) -> None:
 def test_replicas_that_disagree_about_having_tokens(deepspeed_ranks: Ranks) -> None:
     ranks = deepspeed_ranks("world4")
     for stage, found in ranks[0]["empty_experts"].items():
-        assert sides(found) <= 1e-5 * max(found["stock"]), stage
+        # Every fifth number is a loss, the others count tokens.
+        losses, counts = (
+            {side: [v for i, v in enumerate(found[side]) if (i % 5 == 0) == wanted] for side in found}
+            for wanted in (True, False)
+        )
+        assert sides(losses) <= 1e-5 * max(losses["stock"]), stage
+        assert counts["stock"] == counts["ours"], stage
         chosen = [rank["empty_experts"][stage]["ours"] for rank in ranks]
         for step in range(3):
             counts = [each[5 * step + 1 : 5 * step + 5] for each in chosen]
@@ -139,7 +150,15 @@ def test_timers_are_filled(deepspeed_ranks: Ranks) -> None:
 
 def test_converting_keeps_objects_names_and_marks(deepspeed_ranks: Ranks) -> None:
     found = deepspeed_ranks("world2")[0]["identity"]
-    for name in ("same_objects", "same_modules", "same_marks", "isinstance", "idempotent", "checkpoint_key"):
+    for name in (
+        "still_functions",
+        "same_objects",
+        "same_modules",
+        "same_marks",
+        "isinstance",
+        "idempotent",
+        "checkpoint_key",
+    ):
         assert found[name], name
     assert found["hooks"] == ["gate", "experts"]
     assert found["built_later"] == "EpMOELayer"
@@ -150,6 +169,24 @@ def test_converting_keeps_objects_names_and_marks(deepspeed_ranks: Ranks) -> Non
 def test_an_optimizer_without_groups_for_experts(deepspeed_ranks: Ranks) -> None:
     for rank in deepspeed_ranks("world2"):
         assert worst(rank["client_optimizer"]["losses"], rank["client_optimizer"]["expected"]) < 1e-5
+
+
+def test_schedulers_keep_their_groups(deepspeed: DeepSpeed, deepspeed_ranks: Ranks) -> None:
+    for rank in deepspeed_ranks("world2"):
+        found = rank["scheduler"]
+        for side in ("ours", "early"):
+            assert worst(found["stock"], found[side]) < 1e-5
+        if deepspeed.numbers >= (0, 19):
+            assert worst(found["stock"], found["zero1"]) < 1e-5
+            kind, text = found["too_late"]
+            assert kind == "ConfigError" and "LambdaLR made for 1" in text and "convert(model, optimizer=" in text
+
+
+def test_layers_under_autocast(deepspeed_ranks: Ranks) -> None:
+    for rank in deepspeed_ranks("world2"):
+        for case, found in rank["autocast"].items():
+            # Rounded to 2^-8, in another order; sums over hidden and tokens average it out.
+            assert sides(found) < 1e-2 * max(found["stock"]), (case, found)
 
 
 def test_section_of_the_config(deepspeed_ranks: Ranks) -> None:
@@ -171,7 +208,11 @@ def test_section_of_the_config(deepspeed_ranks: Ranks) -> None:
         ("too_many", "ConfigError", ["is 96", "takes 64", '"moe_ep_plugin": {"max_tokens_per_rank": 96}']),
         ("open", "ConfigError", ["timeout_s", "buffers are open"]),
         ("uninstalled", "StateError", ["uninstalled", "install()"]),
-        ("version", "BackendUnavailable", ["0.17.6", "0.18 to 0.19"]),
+        ("version", "BackendUnavailable", ["0.17.6", "0.18.9 to 0.19"]),
+        ("older_patch", "BackendUnavailable", ["0.18.8", ">=0.18.9,<0.20"]),
+        ("gate_replaced", "StateError", ["gate of this MoE layer is a TopKGate"]),
+        ("unchanged", "none", ["MOELayer"]),
+        ("half_installed", "ConfigError", ["left: []"]),
     ],
 )
 def test_mistakes_are_explained(deepspeed_ranks: Ranks, case: str, kind: str, says: list[str]) -> None:
@@ -208,6 +249,14 @@ def test_autoep_in_fp32_equals_its_own_backend(deepspeed_ranks: Ranks) -> None:
 def test_autoep_with_recomputed_activations(deepspeed_ranks: Ranks) -> None:
     for found in autoep(deepspeed_ranks):
         assert worst(found["checkpointing"]["comm"], found["checkpointing"]["ours"]) < 1e-6
+
+
+def test_autoep_layers_outlive_their_memory(deepspeed_ranks: Ranks) -> None:
+    for found in autoep(deepspeed_ranks):
+        reopened = found["reopened"]
+        assert reopened["same"] == [True] * 3 and (reopened["buffers"], reopened["left_open"]) == (1, 0)
+        kind, text = reopened["uninstalled"]
+        assert kind == "StateError" and "install()" in text
 
 
 def test_autoep_ships_no_module_and_can_be_left_to_deep_ep(deepspeed_ranks: Ranks) -> None:

@@ -6,9 +6,13 @@ import json
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+# Below what a test waits for the whole program, which it then kills without its ranks.
+WORLD_SECONDS = 200.0
 
 Job = Callable[[], dict[str, Any]]
 
@@ -25,7 +29,7 @@ def _rank(rank: int, size: int, job: Job, start: Callable[..., None], finish: Ca
 
 
 def world(size: int, job: Job, start: Callable[..., None], finish: Callable[[], None]) -> list[dict[str, Any]]:
-    """Run ``job`` on ``size`` forked ranks; returns their results.
+    """Run ``job`` on ``size`` forked ranks; returns their results. Ranks that overstay are ended.
 
     Args:
         size: Ranks.
@@ -38,7 +42,12 @@ def world(size: int, job: Job, start: Callable[..., None], finish: Callable[[], 
         ranks = [fork.Process(target=_rank, args=(rank, size, job, start, finish, folder)) for rank in range(size)]
         for process in ranks:
             process.start()
+        end = time.monotonic() + WORLD_SECONDS
         for process in ranks:
+            process.join(max(0.0, end - time.monotonic()))
+        for process in ranks:
+            if process.is_alive():
+                process.terminate()
             process.join()
         results = []
         for rank in range(size):

@@ -16,11 +16,12 @@ import torch.distributed as dist
 
 from ...buffer import EpBuffer
 from ...config import SUPPORTED_DTYPES
-from ...errors import ConfigError
+from ...errors import ConfigError, StateError
 from ...handle import DispatchHandle
 from ...wire import dequantize_blocks
 from ..patching import Installation
 from ..session import Session
+from .install import current_session
 from .options import CONFIG_KEY, Options
 from .upstream import import_deepspeed
 
@@ -47,10 +48,10 @@ class ElasticHandle:
 class ElasticBuffer:
     """Dispatch and combine as AutoEP calls them.
 
-    Memory is taken at the first dispatch, when the rows' dtype is known.
+    Memory is taken at the first dispatch, when the rows' dtype is known, from the installation that is there then;
+    and again at the next dispatch after its session was closed.
 
     Args:
-        session: Installation that owns the memory.
         group: The expert-parallel group.
         num_max_tokens_per_rank: Most tokens of one dispatch.
         hidden: Elements of a row.
@@ -60,7 +61,6 @@ class ElasticBuffer:
 
     def __init__(
         self,
-        session: Session[Options],
         group: dist.ProcessGroup,
         *,
         num_max_tokens_per_rank: int,
@@ -68,10 +68,10 @@ class ElasticBuffer:
         num_topk: int,
         **unused: Any,
     ) -> None:
-        self._session = session
         self._group = group
         self._shape = {"max_tokens_per_rank": num_max_tokens_per_rank, "hidden": hidden, "num_topk": num_topk}
         self._buffer: EpBuffer | None = None
+        self._owner: Session[Options] | None = None
 
     def dispatch(
         self,
@@ -98,7 +98,7 @@ class ElasticBuffer:
                 "rows are grouped by expert without padding",
                 "use a DeepSpeed version that moe_ep_plugin supports",
             )
-        buffer = self._open(num_experts, x.dtype) if handle is None else self._opened()
+        buffer = self._open(num_experts, x) if handle is None else self._opened()
         out = buffer.dispatch(
             x.contiguous(),
             topk_idx,
@@ -132,13 +132,21 @@ class ElasticBuffer:
 
     def destroy(self) -> None:
         """Give the memory back; collective, idempotent."""
-        if self._buffer is not None:
-            self._session.close_buffer(self._buffer)
-            self._buffer = None
+        if self._buffer is not None and self._owner is not None:
+            self._owner.close_buffer(self._buffer)
+        self._buffer = self._owner = None
 
-    def _open(self, num_experts: int | None, dtype: torch.dtype) -> EpBuffer:
-        if self._buffer is None:
-            self._buffer = self._session.open_buffer(self._group, num_experts=num_experts, dtype=dtype, **self._shape)
+    def _open(self, num_experts: int | None, x: torch.Tensor) -> EpBuffer:
+        session = current_session()
+        if session is None:
+            raise StateError(
+                "AutoEP's layers use moe_ep_plugin, which has been uninstalled since; call install() again"
+            )
+        if self._buffer is None or self._buffer not in session.buffers:
+            self._owner = session
+            self._buffer = session.open_buffer(
+                self._group, num_experts=num_experts, dtype=x.dtype, device=x.device.type, **self._shape
+            )
         return self._buffer
 
     def _opened(self) -> EpBuffer:
@@ -147,8 +155,12 @@ class ElasticBuffer:
 
 
 def _sms(buffer: EpBuffer, num_sms: int) -> int | None:
-    """AutoEP's ``comm_num_sm``, unless the options have a number; it has no meaning on CPU backends."""
-    return num_sms if buffer.backend == "cuda" and buffer.config.num_sms is None and num_sms > 0 else None
+    """AutoEP's ``comm_num_sm``, unless the options have a number; it has no meaning on CPU backends.
+
+    AutoEP asks for 12 where a job says nothing, which may be more than the share of a rank that shares its GPU.
+    """
+    most = buffer.most_sms
+    return min(num_sms, most) if most is not None and buffer.config.num_sms is None and num_sms > 0 else None
 
 
 def serve_autoep(installation: Installation[Options]) -> None:
@@ -158,7 +170,7 @@ def serve_autoep(installation: Installation[Options]) -> None:
     deepspeed_comm = import_deepspeed("deepspeed.comm")
     session = installation.session
     ours = types.SimpleNamespace(
-        ElasticBuffer=functools.partial(ElasticBuffer, session),
+        ElasticBuffer=ElasticBuffer,
         topk_idx_t=torch.int64,
         SUPPORTED_DTYPES=SUPPORTED_DTYPES,
     )
@@ -176,14 +188,14 @@ def serve_autoep(installation: Installation[Options]) -> None:
             raise ConfigError.of("dtype of AutoEP's rows", dtype, f"it must be one of {SUPPORTED_DTYPES}", "choose one")
 
     @functools.wraps(barrier)
-    def barrier_of_devices(group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:
+    def barrier_of_devices(group: Any = None, async_op: bool = False, device_ids: Any = None, **more: Any) -> Any:
         # AutoEP names the device of its tensors; a CPU has no number, and gloo takes none.
         numbered = device_ids and None not in device_ids and dist.get_backend(group) != "gloo"
-        return barrier(group=group, async_op=async_op, device_ids=device_ids if numbered else None)
+        return barrier(group=group, async_op=async_op, device_ids=device_ids if numbered else None, **more)
 
     installation.put(comm, "_import_deep_ep", import_deep_ep)
     installation.put(layer, "assert_dtype_supported", assert_dtype_supported)
     installation.put(deepspeed_comm, "barrier", barrier_of_devices)
     if hasattr(comm, "COMM_MODULES"):
         # A source tree with our patch has a name for us, beside which deep_ep itself can be used.
-        installation.put(comm, "COMM_MODULES", comm.COMM_MODULES | {CONFIG_KEY: ours})
+        installation.add(comm.COMM_MODULES, CONFIG_KEY, ours)

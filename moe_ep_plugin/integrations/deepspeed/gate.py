@@ -15,9 +15,6 @@ from torch.nn import functional as F
 
 from .upstream import check_version
 
-# Until 0.19, the tokens that an expert keeps are those of the largest logits, where others count as 0.
-_DROPS_BY_LOGITS = check_version() < (0, 19)
-
 
 @dataclass(frozen=True)
 class Routes:
@@ -69,21 +66,24 @@ class RoutingGate(TopKGate):
         mask = torch.zeros_like(gates, dtype=torch.int64).scatter_(1, chosen, kept.long())
         counts = mask.sum(dim=0)
         l_aux = (gates.mean(dim=0) * _share(counts, gates)).sum() * gates.shape[1]
-        order = torch.rand_like(gates) if self.use_rts else None
+        order = torch.rand_like(gates, dtype=torch.float32) if self.use_rts else None
         if self.drop_tokens:
             # The same selection on the same numbers as upstream's, so that ties fall alike.
             winners = (mask if order is None else mask * order).topk(min(self._capacity(gates, 1), len(gates)), dim=0)[
                 1
             ]
             kept = kept & torch.zeros_like(gates, dtype=torch.bool).scatter_(0, winners, True).gather(1, chosen)
-        return Routes(chosen.masked_fill(~kept, -1), gates.gather(1, chosen) * kept, l_aux, counts)
+        # Under autocast the gates may be narrower than the weights that are dispatched.
+        weights = gates.gather(1, chosen).float() * kept
+        return Routes(chosen.masked_fill(~kept, -1), weights, l_aux, counts)
 
     def _top2(self, logits: torch.Tensor) -> Routes:
         gates = logits.softmax(dim=1)
         first = gates.argmax(dim=1, keepdim=True)
         others = logits.detach()
         if self.top2_2nd_expert_sampling:
-            others = others + gumbel_rsample(logits.shape, device=logits.device)
+            # As upstream does in place: the sum is rounded to the logits' dtype, narrower under autocast.
+            others = (others + gumbel_rsample(logits.shape, device=logits.device)).to(logits.dtype)
         second = others.scatter(1, first, float("-inf")).argmax(dim=1, keepdim=True)
         firsts, seconds = _count(first, gates), _count(second, gates)
         l_aux = _balance_loss(gates, firsts)
@@ -101,8 +101,9 @@ class RoutingGate(TopKGate):
         l_aux = _balance_loss(gates, counts) / self.k
         kept = None
         if self.drop_tokens:
-            scores = logits.gather(1, chosen) if _DROPS_BY_LOGITS else chosen_gates
-            candidates = torch.zeros_like(gates).scatter(1, chosen, scores.detach())
+            # Until 0.19, the tokens that an expert keeps are those of the largest logits, where others count as 0.
+            scores = logits.gather(1, chosen) if check_version() < (0, 19) else chosen_gates
+            candidates = torch.zeros_like(gates).scatter(1, chosen, scores.detach().to(gates.dtype))
             winners = candidates.topk(min(self._capacity(gates, self.k), len(gates)), dim=0, sorted=False)[1]
             kept = torch.zeros_like(gates, dtype=torch.bool).scatter_(0, winners, True).gather(1, chosen)
         return _normalised(gates, chosen, kept, l_aux, counts)
@@ -143,7 +144,7 @@ def _normalised(
     if kept is not None:
         weights, chosen = weights * kept, chosen.masked_fill(~kept, -1)
     total = weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weights.dtype).eps)
-    return Routes(chosen, weights / total, l_aux, counts)
+    return Routes(chosen, (weights / total).float(), l_aux, counts)
 
 
 def is_plain_gate(gate: Any) -> bool:

@@ -47,12 +47,17 @@ def install(**options: Any) -> Session[Options]:
     session = Session(Options())
     session.configure(**options)
     installation = Installation(session)
-    _convert_new_layers(installation)
-    _prepare_engines(installation)
-    if version >= AUTOEP_BACKENDS_SINCE:
-        from .autoep import serve_autoep
+    try:
+        _convert_new_layers(installation)
+        _prepare_engines(installation)
+        if version >= AUTOEP_BACKENDS_SINCE:
+            from .autoep import serve_autoep
 
-        serve_autoep(installation)
+            serve_autoep(installation)
+    except BaseException:
+        # Half of an installation would be taken for a whole one by the next call.
+        installation.remove()
+        raise
     return session
 
 
@@ -95,10 +100,9 @@ def convert(
         ConfigError: A layer has parts that are not DeepSpeed's own.
     """
     install(**options)
-    from .convert import add_moe_groups, convert_layer, moe_layers
+    from .layers import add_moe_groups, convert_layers, moe_layers
 
-    for layer in moe_layers(model):
-        convert_layer(layer)
+    convert_layers(moe_layers(model))
     if optimizer is not None:
         return add_moe_groups(optimizer.param_groups)
     return add_moe_groups([{"params": [p for p in model.parameters() if p.requires_grad]}])
@@ -116,10 +120,10 @@ def _convert_new_layers(installation: Installation[Options]) -> None:
 
     @functools.wraps(build)
     def init(layer: Any, *args: Any, **kwargs: Any) -> None:
-        from .convert import convert_layer
+        from .layers import convert_layers
 
         build(layer, *args, **kwargs)
-        convert_layer(layer)
+        convert_layers([layer])
 
     setattr(init, _MARK, installation)
     installation.put(moe_class, "__init__", init)
@@ -129,27 +133,28 @@ def _prepare_engines(installation: Installation[Options]) -> None:
     engine_class = import_deepspeed("deepspeed.runtime.engine").DeepSpeedEngine
     build: Callable[..., None] = engine_class.__init__
     signature = inspect.signature(build)
+    from .layers import mark_experts
 
     @functools.wraps(build)
     def init(engine: Any, *args: Any, **kwargs: Any) -> None:
         given = signature.bind(engine, *args, **kwargs).arguments
-        _prepare(installation.session, given["model"], given.get("optimizer"), given["config_class"])
+        _prepare(installation.session, given["model"], given["config_class"])
+        mark_experts(given["model"], given.get("optimizer"), given.get("lr_scheduler"), given["config_class"])
         build(engine, *args, **kwargs)
 
     installation.put(engine_class, "__init__", init)
 
 
-def _prepare(session: Session[Options], model: torch.nn.Module, optimizer: Any, config: Any) -> None:
+def _prepare(session: Session[Options], model: torch.nn.Module, config: Any) -> None:
     """Settle what a model needs before its engine is made; refuse what can't work."""
-    from .convert import add_moe_groups, convert_layer, moe_layers, restore_layer
+    from .layers import convert_layers, moe_layers, restore_layers
 
     section = _section(config._param_dict)
     layers = moe_layers(model)
     if section is not None:
-        change = convert_layer if section.pop("enabled", True) else restore_layer
+        change = convert_layers if section.pop("enabled", True) else restore_layers
         session.configure(**section)
-        for layer in layers:
-            change(layer)
+        change(layers)
     if not layers:
         return
     if config.zero_optimization_stage == 3:
@@ -167,8 +172,6 @@ def _prepare(session: Session[Options], model: torch.nn.Module, optimizer: Any, 
                 f"it must divide the number of ranks, {dist.get_world_size()}",
                 "start a multiple of ep_size ranks, or build the layer with another ep_size",
             )
-    if isinstance(optimizer, torch.optim.Optimizer):
-        add_moe_groups(optimizer.param_groups)
 
 
 def _section(config: dict[str, Any]) -> dict[str, Any] | None:

@@ -58,7 +58,13 @@ class EpMOELayer(MOELayer):
             )
         with self._timed(MOE_TIMER, "time_moe"):
             x = hidden_states.reshape(-1, hidden_states.shape[-1])
-            routes: Routes = self.gate(x, used_token)
+            routes = self.gate(x, used_token)
+            if not isinstance(routes, Routes):
+                raise StateError(
+                    f"the gate of this MoE layer is a {type(self.gate).__name__}, put there after the layer was made "
+                    'ours, and gives no routes; install with "enabled": false in the DeepSpeed config, or give '
+                    "convert() the parts of a model without it"
+                )
             self.l_aux, self.exp_counts = routes.l_aux, routes.exp_counts
             num_tokens, experts, weights = x.shape[0], routes.experts, routes.weights
             split = _tokens_are_split()
@@ -72,6 +78,8 @@ class EpMOELayer(MOELayer):
                 hidden=x.shape[1],
                 dtype=max(x.dtype, weight_dtype, key=lambda dtype: dtype.itemsize),
                 num_tokens=x.shape[0],
+                # DS_ACCELERATOR=cpu keeps a job from the GPU that is there.
+                device=x.device.type,
             )
             with self._timed(FIRST_ALLTOALL_TIMER, "time_falltoall"):
                 sent = dispatcher.dispatch(x.contiguous(), experts, weights)
@@ -88,8 +96,10 @@ class EpMOELayer(MOELayer):
             yield
             return
         self.timers(timer).start()
-        yield
-        self.timers(timer).stop()
+        try:
+            yield
+        finally:
+            self.timers(timer).stop()
         setattr(self, attribute, self.timers(timer).elapsed(reset=False))
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from ...errors import BackendUnavailable
 
-OLDEST = (0, 18)
+OLDEST = (0, 18, 9)
 NEWEST = (0, 19)
+OLDEST_TEXT = ".".join(map(str, OLDEST))
 AUTOEP_BACKENDS_SINCE = (0, 19, 7)
 """The first version whose AutoEP layers can take another communication backend."""
 
@@ -43,11 +44,11 @@ def check_version() -> tuple[int, ...]:
     """
     version = str(import_deepspeed("deepspeed").__version__)
     numbers = numbers_of(version)
-    if not OLDEST <= numbers[:2] <= NEWEST:
-        supported = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
+    if not (numbers >= OLDEST and numbers[:2] <= NEWEST):
+        supported = f"{OLDEST_TEXT} to {NEWEST[0]}.{NEWEST[1]}"
         raise BackendUnavailable(
             f"deepspeed is {version}, but {supported} are supported; install one of these "
-            f"(pip install 'deepspeed>={OLDEST[0]}.{OLDEST[1]},<{NEWEST[0]}.{NEWEST[1] + 1}'), or a moe_ep_plugin that "
+            f"(pip install 'deepspeed>={OLDEST_TEXT},<{NEWEST[0]}.{NEWEST[1] + 1}'), or a moe_ep_plugin that "
             "knows this version"
         )
     return numbers
