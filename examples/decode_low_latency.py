@@ -10,14 +10,13 @@ with what the training job reported.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 
 from decode.options import parse_options
 from pretrain.data import load_corpus
 from pretrain.errors import UsageError
-from pretrain.options import Launch, fail
+from pretrain.options import Launch, fail, need_modules
 
 NEEDED = ("moe_ep_plugin", "matplotlib")
 
@@ -28,9 +27,7 @@ def main(argv: list[str]) -> int:
     try:
         options = parse_options(argv)
         corpus = load_corpus(options.data) if options.check else None
-        missing = [module for module in NEEDED if importlib.util.find_spec(module) is None]
-        if missing:
-            raise UsageError(f"{', '.join(missing)} missing; run in the repository: pip install '.[examples]'")
+        need_modules(*NEEDED)
     except UsageError as error:
         fail(str(error), launch.rank)
 

@@ -10,14 +10,13 @@ object: losses before and after, also of the text that the model came from.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 
 from finetune.options import parse_options
 from finetune.text import source_text, target_text
 from pretrain.errors import UsageError
-from pretrain.options import Launch, fail
+from pretrain.options import Launch, fail, need_modules
 
 NEEDED = ("moe_ep_plugin", "deepspeed", "transformers", "safetensors", "matplotlib", "tqdm")
 
@@ -28,10 +27,7 @@ def main(argv: list[str]) -> int:
     try:
         options = parse_options(argv, launch.num_ranks)
         source, target = source_text(options.source_data), target_text(options.data)
-        needed = (*NEEDED, "peft") if options.lora else NEEDED
-        missing = [module for module in needed if importlib.util.find_spec(module) is None]
-        if missing:
-            raise UsageError(f"{', '.join(missing)} missing; run in the repository: pip install '.[examples]'")
+        need_modules(*NEEDED, *(("peft",) if options.lora else ()))
     except UsageError as error:
         fail(str(error), launch.rank)
 

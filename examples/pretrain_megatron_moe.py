@@ -9,7 +9,6 @@ it prints is ``RESULT`` and a JSON object. Ctrl-C saves a checkpoint and says ho
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shlex
 import signal
@@ -17,7 +16,7 @@ import sys
 
 from pretrain.data import check_length, load_corpus
 from pretrain.errors import UsageError
-from pretrain.options import Launch, fail, parse_options, without
+from pretrain.options import Launch, fail, need_modules, parse_options, without
 
 NEEDED = ("moe_ep_plugin", "megatron", "matplotlib", "tqdm")
 
@@ -31,9 +30,7 @@ def main(argv: list[str]) -> int:
         options = parse_options(argv, launch.num_ranks)
         corpus = load_corpus(options.data)
         check_length(corpus, options.seq_length)
-        missing = [module for module in NEEDED if importlib.util.find_spec(module) is None]
-        if missing:
-            raise UsageError(f"{', '.join(missing)} missing; run in the repository: pip install '.[examples]'")
+        need_modules(*NEEDED)
     except UsageError as error:
         fail(str(error), launch.rank)
 

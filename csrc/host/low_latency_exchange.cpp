@@ -49,10 +49,12 @@ std::uint64_t* LowExchange::odd_post(const LowOperation& operation, int source) 
 }
 
 // A rank is one block and signals with its first word. The copies for a combine need no such signal here, as its post
-// comes after them; the second word of those tells that rows have been read.
+// comes after them.
 std::uint64_t* LowExchange::step_word(int reader, const LowOperation& operation, Step step, int source) const {
-  const std::size_t offset = layout_.arrivals(set_of(operation.kind), operation.index, at(source));
-  return reinterpret_cast<std::uint64_t*>(peers_.base(reader) + offset) + (step == Step::kRead ? 1 : 0);
+  const std::size_t offset = step == Step::kRead
+                                 ? layout_.reads(operation.index, at(source))
+                                 : layout_.arrivals(set_of(operation.kind), operation.index, at(source));
+  return reinterpret_cast<std::uint64_t*>(peers_.base(reader) + offset);
 }
 
 std::uint32_t LowExchange::value(const LowOperation& operation, int source, std::size_t index) const {

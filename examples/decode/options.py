@@ -8,7 +8,7 @@ from pathlib import Path
 from pretrain import saved
 from pretrain.data import VOCAB_SIZE
 from pretrain.errors import UsageError
-from pretrain.options import Parser, count
+from pretrain.options import Parser, add_backend, check_folders, check_sizes, count
 
 CHECKPOINTS = Path("runs/pretrain/checkpoints")
 REMEDY = "train one with: make pretrain (or --save DIR there and --load DIR here), or try --random"
@@ -55,9 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     text.add_argument("--seed", type=count, default=1, help="of the draws, and of a random model")
 
     run = parser.add_argument_group("run")
-    run.add_argument(
-        "--backend", choices=("auto", "cuda", "host", "collective"), default="auto", help="what moves the rows"
-    )
+    add_backend(run, "what moves the rows")
     run.add_argument("--wire", choices=("bf16", "fp8"), default="bf16", help="fp8: rows cross quantised to experts")
     run.add_argument("--no-graph", action="store_true", help="on GPUs, launch op by op instead of CUDA graphs")
     run.add_argument("--out", type=Path, default=Path("runs/decode"), help="texts, metrics and plot go here")
@@ -91,8 +89,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         raise UsageError(f"--top-k {options.top_k}: there are only {VOCAB_SIZE} bytes")
     if "" in (options.prompt or ()):
         raise UsageError("--prompt '': it is empty; give at least one character")
-    if options.out.exists() and not options.out.is_dir():
-        raise UsageError(f"--out {options.out}: it exists and is not a directory")
+    check_folders(options, "out")
     return options
 
 
@@ -103,10 +100,7 @@ def _set_sizes(options: argparse.Namespace) -> None:
     for name, default in SIZES.items():
         if getattr(options, name) is None:
             setattr(options, name, default)
-    if options.hidden_size % 32:
-        raise UsageError(f"--hidden-size {options.hidden_size}: it must be a multiple of 32, the size of a head")
-    if options.topk > options.experts:
-        raise UsageError(f"--topk {options.topk}: there are only {options.experts} experts (--experts)")
+    check_sizes(options)
 
 
 def _find(load: Path | None) -> Path:

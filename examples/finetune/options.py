@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 
 from pretrain.errors import UsageError
-from pretrain.options import Parser, count
+from pretrain.options import (
+    Parser,
+    add_backend,
+    add_expert_parallel,
+    check_expert_parallel,
+    check_folders,
+    check_sizes,
+    count,
+)
 
 FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v3")
 LORA_RATE = 1e-2
@@ -61,13 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     parallel.add_argument(
         "--comm-backend", choices=("deepep", "comm"), default="deepep", help="of AutoEP; deepep is ours"
     )
-    parallel.add_argument(
-        "--backend",
-        choices=("auto", "cuda", "host", "collective"),
-        default="auto",
-        help="what moves the rows under deepep",
-    )
-    parallel.add_argument("--expert-parallel", type=count, help="ranks that share one set of experts; default: all")
+    add_backend(parallel, "what moves the rows under deepep")
+    add_expert_parallel(parallel)
 
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, default=Path("runs/finetune"), help="everything goes here")
@@ -83,20 +86,13 @@ def parse_options(argv: list[str], num_ranks: int) -> argparse.Namespace:
         UsageError: An option has a value that can't work; says which and what would.
     """
     options = _parser().parse_args(argv)
-    if options.expert_parallel is None:
-        options.expert_parallel = num_ranks
+    ep = check_expert_parallel(options, num_ranks)
     if options.lr is None:
         options.lr = LORA_RATE if options.lora else FULL_RATE
-    ep = options.expert_parallel
-    if num_ranks % ep:
-        raise UsageError(f"--expert-parallel {ep}: it must divide the number of ranks, {num_ranks}")
     if options.model is None:
         if options.experts % ep:
             raise UsageError(f"--experts {options.experts}: it must be a multiple of --expert-parallel, {ep}")
-        if options.topk > options.experts:
-            raise UsageError(f"--topk {options.topk}: there are only {options.experts} experts (--experts)")
-        if options.hidden_size % 32:
-            raise UsageError(f"--hidden-size {options.hidden_size}: it must be a multiple of 32, the size of a head")
+        check_sizes(options)
     elif not (options.model / "config.json").is_file():
         raise UsageError(f"--model {options.model}: there is no config.json in it; name a Hugging Face checkpoint")
     for name in ("lr", "base_lr"):
@@ -107,8 +103,7 @@ def parse_options(argv: list[str], num_ranks: int) -> argparse.Namespace:
             f"--lora with --zero {options.zero}: DeepSpeed shards the optimizer of a MoE model only if experts are "
             "trained, and adapters leave them as they are; leave --zero out"
         )
-    if options.out.exists() and not options.out.is_dir():
-        raise UsageError(f"--out {options.out}: it exists and is not a directory")
+    check_folders(options, "out")
     if options.resume:
         if not (options.out / "checkpoints" / "latest").is_file():
             raise UsageError(

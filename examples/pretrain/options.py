@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
@@ -55,6 +56,49 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see --help")
+
+
+def need_modules(*names: str) -> None:
+    """Raise UsageError if one can't be imported."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"{', '.join(missing)} missing; run in the repository: pip install '.[examples]'")
+
+
+def add_backend(group: argparse._ArgumentGroup, what: str) -> None:
+    """The option ``--backend``; ``what`` it decides."""
+    group.add_argument("--backend", choices=("auto", "cuda", "host", "collective"), default="auto", help=what)
+
+
+def add_expert_parallel(group: argparse._ArgumentGroup) -> None:
+    """The option ``--expert-parallel``, for :func:`check_expert_parallel`."""
+    group.add_argument("--expert-parallel", type=count, help="ranks that share one set of experts; default: all")
+
+
+def check_expert_parallel(options: argparse.Namespace, num_ranks: int) -> int:
+    """``--expert-parallel``, with its default set; raises UsageError unless it divides the ranks."""
+    if options.expert_parallel is None:
+        options.expert_parallel = num_ranks
+    ep: int = options.expert_parallel
+    if num_ranks % ep:
+        raise UsageError(f"--expert-parallel {ep}: it must divide the number of ranks, {num_ranks}")
+    return ep
+
+
+def check_sizes(options: argparse.Namespace) -> None:
+    """Raise UsageError unless a model can have these ``topk``, ``experts`` and ``hidden_size``."""
+    if options.topk > options.experts:
+        raise UsageError(f"--topk {options.topk}: there are only {options.experts} experts (--experts)")
+    if options.hidden_size % 32:
+        raise UsageError(f"--hidden-size {options.hidden_size}: it must be a multiple of 32, the size of a head")
+
+
+def check_folders(options: argparse.Namespace, *names: str) -> None:
+    """Raise UsageError if what is to become a folder is something else."""
+    for name in names:
+        path = getattr(options, name)
+        if path is not None and path.exists() and not path.is_dir():
+            raise UsageError(f"--{name} {path}: it exists and is not a directory")
 
 
 def _at_least(low: int, text: str) -> int:
@@ -113,13 +157,8 @@ def _parser() -> argparse.ArgumentParser:
     parallel.add_argument(
         "--moe-token-dispatcher", choices=("deepep", "alltoall", "allgather"), default="deepep", help="deepep is ours"
     )
-    parallel.add_argument(
-        "--backend",
-        choices=("auto", "cuda", "host", "collective"),
-        default="auto",
-        help="what moves the rows under deepep",
-    )
-    parallel.add_argument("--expert-parallel", type=count, help="ranks that share one set of experts; default: all")
+    add_backend(parallel, "what moves the rows under deepep")
+    add_expert_parallel(parallel)
 
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="metrics.jsonl and loss.png go here")
@@ -136,28 +175,18 @@ def parse_options(argv: list[str], num_ranks: int) -> argparse.Namespace:
         UsageError: An option has a value that can't work; says which and what would.
     """
     options = _parser().parse_args(argv)
-    if options.expert_parallel is None:
-        options.expert_parallel = num_ranks
-    ep = options.expert_parallel
-    if num_ranks % ep:
-        raise UsageError(f"--expert-parallel {ep}: it must divide the number of ranks, {num_ranks}")
+    ep = check_expert_parallel(options, num_ranks)
     if options.experts % ep:
         raise UsageError(
             f"--experts {options.experts}: it must be a multiple of the {ep} ranks that share them "
             "(--expert-parallel); Megatron-Core spreads experts evenly"
         )
-    if options.topk > options.experts:
-        raise UsageError(f"--topk {options.topk}: there are only {options.experts} experts (--experts)")
-    if options.hidden_size % 32:
-        raise UsageError(f"--hidden-size {options.hidden_size}: it must be a multiple of 32, the size of a head")
+    check_sizes(options)
     if not options.lr > 0:
         raise UsageError(f"--lr {options.lr}: it must be above 0")
     if options.save_interval is not None and options.save is None:
         raise UsageError("--save-interval: say where to with --save DIR")
-    for name in ("out", "save"):
-        path = getattr(options, name)
-        if path is not None and path.exists() and not path.is_dir():
-            raise UsageError(f"--{name} {path}: it exists and is not a directory")
+    check_folders(options, "out", "save")
     if options.load is not None:
         saved.check_ranks(saved.find(options.load), num_ranks)
     return options

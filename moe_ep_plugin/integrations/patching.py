@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic
 
 from .session import OptionsT, Session
@@ -30,6 +31,15 @@ class Installation(Generic[OptionsT]):
         """Give a framework's table one more key; what others add to it meanwhile stays when ours is removed."""
         self._undo.append(lambda: table.pop(key, None))
         table[key] = value
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Undo everything if the body, which installs, raises: half of it would pass for a whole one."""
+        try:
+            yield
+        except BaseException:
+            self.remove()
+            raise
 
     def remove(self) -> None:
         """Restore everything and close the buffers."""

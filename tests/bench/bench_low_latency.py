@@ -61,19 +61,10 @@ import time
 from pathlib import Path
 
 import torch.distributed as dist
-from bench_throughput import numbers, parse_sms
+from bench_throughput import names_among, numbers, parse_sms
 from low_latency_modes import LowBench
 from low_latency_targets import TARGET_SHAPE
 from low_latency_works import WORKS
-
-
-def names_of_works(text: str) -> list[str]:
-    """A comma list of works."""
-    names = [part.strip() for part in text.split(",") if part.strip()]
-    unknown = [name for name in names if name not in WORKS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown} are not among {', '.join(WORKS)}")
-    return names
 
 
 def three_numbers(text: str) -> tuple[int, int, int]:
@@ -102,7 +93,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--ranks", type=numbers, default=[8, 2], help="group sizes (default 8,2)")
     parser.add_argument("--tokens", type=numbers, default=[128, 8], dest="token_counts", help="default 128,8")
     parser.add_argument("--sms", type=parse_sms, default={}, help="SMs a rank: 16, or by group size 8:16,2:64")
-    parser.add_argument("--works", type=names_of_works, default=[], help="only these, comma separated")
+    parser.add_argument("--works", type=names_among(WORKS), default=[], help="only these, comma separated")
     parser.add_argument("--no-collective", action="store_true", help="leave backend collective out")
     parser.add_argument("--calls", type=even, default=20, help="calls a graph")
     parser.add_argument("--replays", type=int, default=200, help="replays, and steps of --overlap")

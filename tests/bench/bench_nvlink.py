@@ -49,19 +49,10 @@ import time
 from pathlib import Path
 
 import torch.distributed as dist
-from bench_throughput import numbers
+from bench_throughput import names_among, numbers
 from nvlink_modes import LinkBench
 from nvlink_works import LINK_WORKS
 from throughput_targets import TARGET_SHAPE
-
-
-def names_of_works(text: str) -> list[str]:
-    """A comma list of works."""
-    names = [part.strip() for part in text.split(",") if part.strip()]
-    unknown = [name for name in names if name not in LINK_WORKS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown} are not among {', '.join(LINK_WORKS)}")
-    return names
 
 
 def parse_options() -> argparse.Namespace:
@@ -74,7 +65,7 @@ def parse_options() -> argparse.Namespace:
         "--tokens", type=numbers, default=[128, 1024, 16384], dest="others", help="besides the main one"
     )
     parser.add_argument("--main-tokens", type=int, default=TARGET_SHAPE.tokens, dest="tokens", help="default 4096")
-    parser.add_argument("--works", type=names_of_works, default=[], help="only these, comma separated")
+    parser.add_argument("--works", type=names_among(LINK_WORKS), default=[], help="only these, comma separated")
     parser.add_argument("--calls", type=int, help="calls a batch")
     parser.add_argument("--batches", type=int, help="batches")
     parser.add_argument("--heaps-gb", type=float, default=60.0, help="most of the heaps on a GPU, in 10^9 bytes")

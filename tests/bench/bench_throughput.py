@@ -51,6 +51,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
+from collections.abc import Callable, Iterable
 
 import torch.distributed as dist
 from throughput_modes import Bench
@@ -69,13 +70,17 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if part]
 
 
-def names_of_works(text: str) -> list[str]:
-    """A comma list of works."""
-    names = [part.strip() for part in text.split(",") if part.strip()]
-    unknown = [name for name in names if name not in WORKS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown} are not among {', '.join(WORKS)}")
-    return names
+def names_among(works: Iterable[str]) -> Callable[[str], list[str]]:
+    """The type of a command line's comma list of works."""
+
+    def names_of_works(text: str) -> list[str]:
+        names = [part.strip() for part in text.split(",") if part.strip()]
+        unknown = [name for name in names if name not in works]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown} are not among {', '.join(works)}")
+        return names
+
+    return names_of_works
 
 
 def parse_options() -> argparse.Namespace:
@@ -88,7 +93,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--ranks", type=numbers, default=[8, 4, 2], help="group sizes (default 8,4,2)")
     parser.add_argument("--scaling-ranks", type=numbers, default=[8, 4], help="group sizes of the curve over tokens")
     parser.add_argument("--sms", type=parse_sms, default={}, help="SMs a rank: 16, or by group size 8:16,4:24")
-    parser.add_argument("--works", type=names_of_works, default=[], help="only these, comma separated")
+    parser.add_argument("--works", type=names_among(WORKS), default=[], help="only these, comma separated")
     parser.add_argument("--calls", type=int, help="calls a batch")
     parser.add_argument("--batches", type=int, help="batches")
     parser.add_argument("--heaps-gb", type=float, default=96.0, help="most of the heaps on a GPU, in 10^9 bytes")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import moe_ep_plugin
 
@@ -48,3 +51,16 @@ def result(stdout: str) -> dict[str, Any]:
     assert last.startswith("RESULT "), stdout
     parsed: dict[str, Any] = json.loads(last.removeprefix("RESULT "))
     return parsed
+
+
+def said_of_mistake(
+    program: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """What a program prints as its error, run in this process, which it leaves with status 2."""
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLES / program), run_name="__main__")
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    return said

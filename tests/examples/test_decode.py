@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from moe_ep_plugin import EpBuffer, EpConfig
 from tests.conftest import BACKENDS, need_modules, why_unavailable
 from tests.harness import RankPool
 
-from .programs import EXAMPLES, records, result, run, torchrun_command
+from .programs import EXAMPLES, records, result, run, said_of_mistake, torchrun_command
 
 PROGRAM = "decode_low_latency.py"
 TRAINING = "pretrain_megatron_moe.py"
@@ -237,9 +236,5 @@ def test_mistakes_are_explained(
     (tmp_path / "text" / "other.txt").write_text("some other text")
     (tmp_path / "broken" / "rank-00000.pt").write_bytes(b"not a checkpoint")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [PROGRAM, *(a.format(**places) for a in arguments)])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(EXAMPLES / PROGRAM), run_name="__main__")
-    assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and says.format(**places) in said
+    said = said_of_mistake(PROGRAM, [a.format(**places) for a in arguments], monkeypatch, capsys)
+    assert says.format(**places) in said

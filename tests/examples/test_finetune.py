@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import runpy
 import shutil
 import sys
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import pytest
 
 from tests.conftest import need_modules
 
-from .programs import EXAMPLES, records, result, run, torchrun_command
+from .programs import EXAMPLES, records, result, run, said_of_mistake, torchrun_command
 
 PROGRAM = "finetune_deepspeed_moe.py"
 TINY = [
@@ -277,12 +276,8 @@ def test_mistakes_are_explained(
     places = {"empty": str(tmp_path / "empty")}
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    monkeypatch.setattr(sys, "argv", [PROGRAM, *(a.format(**places) for a in arguments)])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(EXAMPLES / PROGRAM), run_name="__main__")
-    assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and says.format(**places) in said
+    said = said_of_mistake(PROGRAM, [a.format(**places) for a in arguments], monkeypatch, capsys)
+    assert says.format(**places) in said
 
 
 def test_native_layers_learn_as_with_their_own_dispatch(texts: list[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import signal
 import subprocess
 import sys
@@ -14,7 +13,17 @@ import pytest
 
 from tests.conftest import all_pids, need_modules, shared_segments
 
-from .programs import EXAMPLES, TIMEOUT_S, TINY, environment, records, result, run, torchrun_command
+from .programs import (
+    EXAMPLES,
+    TIMEOUT_S,
+    TINY,
+    environment,
+    records,
+    result,
+    run,
+    said_of_mistake,
+    torchrun_command,
+)
 
 PROGRAM = "pretrain_megatron_moe.py"
 
@@ -174,14 +183,10 @@ def test_mistakes_are_explained(
     (tmp_path / "short" / "text").write_text("ten bytes.")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    monkeypatch.setattr(sys, "argv", [PROGRAM, *(a.format(**places) for a in arguments)])
     # The program gives Ctrl-C back its default action while it starts; here it must keep pytest's.
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(EXAMPLES / PROGRAM), run_name="__main__")
-    assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and says.format(**places) in said
+    said = said_of_mistake(PROGRAM, [a.format(**places) for a in arguments], monkeypatch, capsys)
+    assert says.format(**places) in said
 
 
 def test_checkpoint_of_another_run_is_refused(finished: FinishedRun, text: Path, tmp_path: Path) -> None:

@@ -24,6 +24,11 @@ def make_buffer(**changes: object) -> EpBuffer:
     return EpBuffer(None, make_config(**(sizes | {"dtype": torch.bfloat16} | changes)))
 
 
+def slots_of(buffer: EpBuffer) -> tuple[int, ...]:
+    """The shape of rows to combine."""
+    return (*buffer._backend._c.low_latency_slots, buffer.config.hidden)  # type: ignore[attr-defined]
+
+
 def routed(seed: int, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x, topk_idx and topk_weights of whole numbers; some ids are -1."""
     x = integers(3 * seed + 1000 * rank, TOKENS, WIDTH).bfloat16().to(DEVICE)
@@ -48,7 +53,7 @@ def registered_rows(layout: str) -> int:
     with make_buffer(low_latency_layout=layout) as buffer:
         by_rank = layout == "rank"
         stats = buffer.stats
-        space = torch.empty(4, *buffer._backend._c.low_latency_slots, WIDTH, dtype=torch.bfloat16, device=DEVICE)  # type: ignore[attr-defined]
+        space = torch.empty(4, *slots_of(buffer), dtype=torch.bfloat16, device=DEVICE)
         assert buffer.register_rows(space) >= space.nbytes
         for step in range(12):
             x, idx, weights = routed(step, buffer.rank)
@@ -78,7 +83,7 @@ def mixed_rows() -> int:
     """Some ranks' rows are registered, others' in the heap, and others' copied; and a combine of one handle again."""
     mistakes, steps = Mistakes(), 0
     with make_buffer() as buffer:
-        space = torch.empty(2, *buffer._backend._c.low_latency_slots, WIDTH, dtype=torch.bfloat16, device=DEVICE)  # type: ignore[attr-defined]
+        space = torch.empty(2, *slots_of(buffer), dtype=torch.bfloat16, device=DEVICE)
         assert buffer.register_rows(*([space] if buffer.rank % 2 == 0 else [])) >= 0
         for step in range(9):
             x, idx, weights = routed(step, buffer.rank)
@@ -154,7 +159,7 @@ def freed_rows() -> int:
     mistakes, copies = Mistakes(), 0
     torch.cuda.empty_cache()
     with EpBuffer(None, misuse.config_of(PLACE)) as buffer:
-        slots = (*buffer._backend._c.low_latency_slots, misuse.H)  # type: ignore[attr-defined]
+        slots = slots_of(buffer)
         for _ in range(4):
             space = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
             rows = space[: 2 * torch.Size(slots).numel()].view(torch.bfloat16).view(slots)

@@ -47,17 +47,13 @@ def install(**options: Any) -> Session[Options]:
     session = Session(Options())
     session.configure(**options)
     installation = Installation(session)
-    try:
+    with installation.whole():
         _convert_new_layers(installation)
         _prepare_engines(installation)
         if version >= AUTOEP_BACKENDS_SINCE:
             from .autoep import serve_autoep
 
             serve_autoep(installation)
-    except BaseException:
-        # Half of an installation would be taken for a whole one by the next call.
-        installation.remove()
-        raise
     return session
 
 

@@ -79,9 +79,10 @@ def install(**options: Any) -> Session[Options]:
     installation = MegatronInstallation(session)
     define_missing_names()
     moe_layer = import_megatron("megatron.core.transformer.moe.moe_layer")
-    _accept_type(installation)
-    _keep_expert_inputs(installation)
-    installation.upstream = installation.put(moe_layer, "MoEFlexTokenDispatcher", installation)
+    with installation.whole():
+        _accept_type(installation)
+        _keep_expert_inputs(installation)
+        installation.upstream = installation.put(moe_layer, "MoEFlexTokenDispatcher", installation)
     return session
 
 
