@@ -92,8 +92,8 @@ struct LowLayout {
     return base + kLowSets * num_ranks * post_stride() +
            (set(kind, index) * num_ranks + source) * kLowArrivals * sizeof(std::uint64_t);
   }
-  // The word by which `reader` says, in the heap of a rank, that it has read that rank's rows of a combine. On GPUs this
-  // is told of rows in registered memory alone.
+  // The word by which `reader` says, in the heap of a rank, that it has read that rank's rows of a combine. On GPUs
+  // this is told of rows in registered memory alone.
   MOE_EP_HOST_DEVICE std::size_t reads(std::size_t index, std::size_t reader) const {
     return arrivals(LowKind::kCombine, index, reader) + (kLowArrivals - 1) * sizeof(std::uint64_t);
   }
