@@ -160,6 +160,7 @@ void Communicator::fill_tables() {
   group_.block_counts = next;
   group_.state = reinterpret_cast<DeviceState*>(memory);
   group_.report = static_cast<Report*>(report_on_device);
+  group_.on_one_device = options_.ranks_on_device == num_ranks();
   group_.timeout_ns = static_cast<std::uint64_t>(options_.timeout_s * 1e9);
   low_.segments = reinterpret_cast<std::uint8_t**>(memory + segments_at);
   low_.registered = reinterpret_cast<std::uint64_t*>(memory + registered_at);

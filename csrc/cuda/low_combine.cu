@@ -467,7 +467,7 @@ __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_c
     // Rows that are in place were written by earlier kernels; the threads that post release them.
     constexpr int kPosting = 32;
     if (threadIdx.x < kPosting && static_cast<int>(blockIdx.x) < group.num_ranks) {
-      fence_system();
+      fence_for_peers(group);
       publish_low_post(low, kKind, params.index, sequence, post, shared.heaps, shared.masked, nullptr, 0, kPosting);
     }
     // By then every block has read the last one.

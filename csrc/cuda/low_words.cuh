@@ -188,7 +188,7 @@ __device__ inline void signal_arrival(const LowGroup& low, LowKind kind, int ind
 #pragma unroll 1
   for (int reader = threadIdx.x; reader < low.group.num_ranks; reader += blockDim.x) {
     if (masked[reader] != 0) continue;
-    fence_system();
+    fence_for_peers(low.group);
     store_relaxed_system(low_arrivals_of(low, heaps[reader], kind, index, low.group.rank) + blockIdx.x,
                          low_word(sequence, value));
   }

@@ -157,6 +157,7 @@ struct Group {
   DeviceState* state;
   Report* report;  // as the device maps it
   std::uint64_t timeout_ns;
+  bool on_one_device;  // all ranks
 };
 
 // Bytes per row of the arrays of a receive block.

@@ -34,6 +34,16 @@ __device__ inline void tell(const Group& group, std::uint64_t ticket, Word word,
   tell(group, ticket, static_cast<int>(word), value);
 }
 
+// fence_system() as far as peers on their GPUs are concerned. Where those are all on this GPU, whose L2 all of them share,
+// the narrower scope suffices, and saves one to two microseconds.
+__device__ inline void fence_for_peers(const Group& group) {
+  if (group.on_one_device) {
+    fence_device();
+  } else {
+    fence_system();
+  }
+}
+
 // Keeps the first failure for the host. One thread of the grid calls it for an outcome that all threads see; any
 // number may for a wait that failed.
 __device__ inline void record_failure(const Group& group, Outcome outcome, Operation operation, std::uint64_t sequence,
@@ -94,7 +104,7 @@ __device__ inline bool wait_for_all(const Group& group, Step step, std::uint64_t
 // has seen written.
 __device__ inline void signal_all(const Group& group, Step step, std::uint64_t sequence) {
   if (threadIdx.x >= group.num_ranks) return;
-  fence_system();
+  fence_for_peers(group);
   for (int i = threadIdx.x; i < group.num_ranks; i += blockDim.x) {
     // Starting behind oneself spreads the stores, as every rank does this at about the same time.
     const int reader = (group.rank + 1 + i) % group.num_ranks;
