@@ -34,8 +34,8 @@ __device__ inline void tell(const Group& group, std::uint64_t ticket, Word word,
   tell(group, ticket, static_cast<int>(word), value);
 }
 
-// fence_system() as far as peers on their GPUs are concerned. Where those are all on this GPU, whose L2 all of them share,
-// the narrower scope suffices, and saves one to two microseconds.
+// fence_system() as far as peers on their GPUs are concerned. Where those are all on this GPU, whose L2 all of them
+// share, the narrower scope suffices, and saves one to two microseconds.
 __device__ inline void fence_for_peers(const Group& group) {
   if (group.on_one_device) {
     fence_device();
