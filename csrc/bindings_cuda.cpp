@@ -17,6 +17,7 @@
 #include "bindings_common.h"
 #include "cuda/check.h"
 #include "cuda/communicator.h"
+#include "cuda/fp8_layout.h"
 
 namespace py = pybind11;
 
@@ -291,6 +292,34 @@ int num_sms_of(int device) {
   return sms;
 }
 
+void transpose_fp8_scales(std::uintptr_t scales, std::int64_t row_stride, std::int64_t block_stride,
+                          std::int32_t num_blocks, const std::vector<std::int64_t>& rows_per_expert, std::uintptr_t out,
+                          int device, std::uintptr_t stream) {
+  TransposeScalesParams params{};
+  params.scales = RowScales{pointer<const float>(scales), row_stride, block_stride};
+  params.num_blocks = num_blocks;
+  params.out = pointer<float>(out);
+  params.experts = ExpertUnits<kScaleMultiple>::of(rows_per_expert);
+  const DeviceGuard guard(device);
+  MOE_EP_CUDA_CHECK(launch_transpose_scales(params, stream_of(stream)));
+}
+
+void quantize_fp8_columns(std::uintptr_t data, std::int32_t hidden, std::uintptr_t scales, std::int64_t row_stride,
+                          std::int64_t block_stride, const std::vector<std::int64_t>& rows_per_expert,
+                          bool power_of_two, std::uintptr_t codes, std::uintptr_t column_scales, int device,
+                          std::uintptr_t stream) {
+  QuantizeColumnsParams params{};
+  params.data = pointer<const std::uint8_t>(data);
+  params.scales = RowScales{pointer<const float>(scales), row_stride, block_stride};
+  params.hidden = hidden;
+  params.power_of_two = power_of_two;
+  params.codes = pointer<std::uint8_t>(codes);
+  params.column_scales = pointer<float>(column_scales);
+  params.experts = ExpertUnits<static_cast<int>(kFp8Block)>::of(rows_per_expert);
+  const DeviceGuard guard(device);
+  MOE_EP_CUDA_CHECK(launch_quantize_columns(params, stream_of(stream)));
+}
+
 }  // namespace
 }  // namespace gpu
 
@@ -440,6 +469,13 @@ PYBIND11_MODULE(_cuda, module) {
   module.attr("fan_bytes") = sizeof(Entry);
   module.def("device_uuid", &device_uuid, py::arg("device"));
   module.def("num_sms_of", &num_sms_of, py::arg("device"));
+  module.attr("most_fp8_experts") = kMostUnitExperts;
+  module.def("transpose_fp8_scales", &transpose_fp8_scales, py::kw_only(), py::arg("scales"), py::arg("row_stride"),
+             py::arg("block_stride"), py::arg("num_blocks"), py::arg("rows_per_expert"), py::arg("out"),
+             py::arg("device"), py::arg("stream"));
+  module.def("quantize_fp8_columns", &quantize_fp8_columns, py::kw_only(), py::arg("data"), py::arg("hidden"),
+             py::arg("scales"), py::arg("row_stride"), py::arg("block_stride"), py::arg("rows_per_expert"),
+             py::arg("power_of_two"), py::arg("codes"), py::arg("column_scales"), py::arg("device"), py::arg("stream"));
 }
 
 }  // namespace moe_ep

@@ -1,11 +1,13 @@
 """The compiled CUDA part (csrc/bindings_cuda.cpp). Tensors and streams cross as addresses."""
 
+from collections.abc import Sequence
 from typing import Any
 
 _Offsets = tuple[int, int, int, int, int]
 
 routing_header_bytes: int
 fan_bytes: int
+most_fp8_experts: int
 
 class Block:
     """A lease of the heap; given back with its last user."""
@@ -213,3 +215,28 @@ class Communicator:
 
 def device_uuid(device: int) -> str: ...
 def num_sms_of(device: int) -> int: ...
+def transpose_fp8_scales(
+    *,
+    scales: int,
+    row_stride: int,
+    block_stride: int,
+    num_blocks: int,
+    rows_per_expert: Sequence[int],
+    out: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def quantize_fp8_columns(
+    *,
+    data: int,
+    hidden: int,
+    scales: int,
+    row_stride: int,
+    block_stride: int,
+    rows_per_expert: Sequence[int],
+    power_of_two: bool,
+    codes: int,
+    column_scales: int,
+    device: int,
+    stream: int,
+) -> None: ...

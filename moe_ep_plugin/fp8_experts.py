@@ -1,12 +1,15 @@
-"""Experts that compute on FP8 rows as they were dispatched, in plain PyTorch.
+"""Experts that compute on FP8 rows as they were dispatched.
 
-The arithmetic of an FP8 grouped GEMM, emulated: operands are FP8 blocks, products are summed in fp32, results are
-rounded once to the training dtype. It runs on any device that torch has, at the speed of fp32 matrix products; it is
-there to try, test and debug FP8 training, and as the reference for kernels.
+On GPUs with TransformerEngine its FP8 GEMMs do the work (:mod:`moe_ep_plugin.fp8_te`). Elsewhere the arithmetic of an
+FP8 grouped GEMM is emulated in plain PyTorch: operands are FP8 blocks, products are summed in fp32, results are rounded
+once to the training dtype. That runs on any device that torch has, at the speed of fp32 matrix products; it is there to
+try, test and debug FP8 training, and as the reference for kernels.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,11 +19,15 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from . import _te, fp8_te
 from .errors import ConfigError, StateError
 from .fp8 import Fp8Rows, Fp8Tiles, check_counts, quantize_columns, quantize_rows, quantize_tiles
 
 WeightBlock = Literal["128x128", "1x128"]
 Gradients = Literal["training", "fp8"]
+Engine = Literal["auto", "te", "torch"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +43,18 @@ class Fp8Recipe:
             for the weights', where the input is quantised again by column.
         delay_weight_grad: Weight gradients are left to ``backward_dw()``; until then the layers keep the received
             rows and the output gradients.
+        engine: ``"te"``: TransformerEngine's GEMMs, on GPUs. ``"torch"``: emulated. ``"auto"``: the former for rows on
+            a GPU where TransformerEngine is installed, else the latter.
     """
 
     power_of_two_scales: bool = True
     weight_block: WeightBlock = "128x128"
     gradients: Gradients = "training"
     delay_weight_grad: bool = False
+    engine: Engine = "auto"
 
     def __post_init__(self) -> None:
-        for name, kind in (("weight_block", WeightBlock), ("gradients", Gradients)):
+        for name, kind in (("weight_block", WeightBlock), ("gradients", Gradients), ("engine", Engine)):
             value, known = getattr(self, name), get_args(kind)
             if value not in known:
                 raise ConfigError.of(name, repr(value), f"it must be one of {known}", "choose one of these")
@@ -126,6 +136,11 @@ class Fp8GroupedLinear(nn.Module):
     empty ``_extra_state`` of a TransformerEngine ``GroupedLinear`` that keeps no FP8 state. Another one's state is left
     unread: block scales have no history.
 
+    Attributes:
+        is_first_microbatch: None: weights are quantised in every forward. True: they are in the next one, and kept
+            for those after it, until this is set to True again; set it after every change of a weight. It counts with
+            TransformerEngine alone, and saves a pass over the weights in a step's micro-batches but the first.
+
     Args:
         num_gemms: Local experts, at least 1.
         in_features: Elements of an input row.
@@ -156,7 +171,9 @@ class Fp8GroupedLinear(nn.Module):
             raise ConfigError.of("dtype", dtype, "float32, bfloat16 or float16 is needed", "train in one of these")
         self.num_gemms, self.in_features, self.out_features = num_gemms, in_features, out_features
         self.recipe = recipe or Fp8Recipe()
-        self.delayed: deque[_WeightGrad] = deque()
+        self.delayed: deque[Any] = deque()
+        self.is_first_microbatch: bool | None = None
+        self.kept_weights: fp8_te.QuantizedWeights | None = None
         for index in range(num_gemms):
             weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device=device))
             with torch.no_grad():
@@ -173,12 +190,12 @@ class Fp8GroupedLinear(nn.Module):
         quantize = quantize_tiles if self.recipe.weight_block == "128x128" else quantize_rows
         return quantize(weight, power_of_two=self.recipe.power_of_two_scales)
 
-    def forward(self, rows: Fp8Rows, tokens_per_expert: Sequence[int]) -> torch.Tensor:
+    def forward(self, rows: Fp8Rows | torch.Tensor, tokens_per_expert: Sequence[int]) -> torch.Tensor:
         """Multiply each expert's rows by its weight.
 
         Args:
-            rows: [rows, in_features], grouped by local expert; used as they are. Their gradient goes to
-                ``rows.grad_rows``, or nowhere if that is None.
+            rows: [rows, in_features], grouped by local expert. FP8 rows are used as they are; their gradient goes to
+                ``rows.grad_rows``, or nowhere if that is None. A tensor in the weights' dtype is quantised here.
             tokens_per_expert: Rows of each local expert, zero allowed.
 
         Returns:
@@ -186,17 +203,26 @@ class Fp8GroupedLinear(nn.Module):
 
         Raises:
             ConfigError: A shape does not fit, or there are fewer rows than the counts add up to.
+            BackendUnavailable: The recipe's engine is not there.
         """
         counts = list(tokens_per_expert)
-        if rows.data.shape[1] != self.in_features:
+        values = rows.data if isinstance(rows, Fp8Rows) else rows
+        if values.shape[1] != self.in_features:
             limit = f"the layer has in_features {self.in_features}"
-            raise ConfigError.of("rows.data.shape", list(rows.data.shape), limit, "pass rows of that length")
+            raise ConfigError.of("rows.data.shape", list(values.shape), limit, "pass rows of that length")
         if len(counts) != self.num_gemms:
             limit = f"there are {self.num_gemms} local experts"
             raise ConfigError.of("tokens_per_expert", counts, limit, "pass a count for each")
-        check_counts(counts, len(rows.data))
+        check_counts(counts, len(values))
         weights = [self.weight(index) for index in range(self.num_gemms)]
-        out: torch.Tensor = _GroupedLinear.apply(rows.grad_rows, rows, counts, self, *weights)  # type: ignore[no-untyped-call]
+        function: Any = _GroupedLinear
+        if _uses_te(self.recipe, values.device):
+            fp8_te.check(values, counts, self)
+            function = fp8_te.GroupedLinear
+        elif not isinstance(rows, Fp8Rows):
+            rows = quantize_rows(rows, power_of_two=self.recipe.power_of_two_scales)
+        grad_rows = rows.grad_rows if isinstance(rows, Fp8Rows) else rows
+        out: torch.Tensor = function.apply(grad_rows, rows, counts, self, *weights)
         return out
 
     def backward_dw(self) -> None:
@@ -301,13 +327,34 @@ class Fp8GroupedExperts(nn.Module):
             limit = f"one gate value for each of {len(rows.data)} rows is needed"
             raise ConfigError.of("probs.shape", list(probs.shape), limit, "pass the dispatch's topk_weights")
         hidden = _swiglu(self.linear_fc1(rows, counts), probs)
-        out: torch.Tensor = self.linear_fc2(quantize_rows(hidden, power_of_two=self.recipe.power_of_two_scales), counts)
+        out: torch.Tensor = self.linear_fc2(hidden, counts)
         return out
 
     def backward_dw(self) -> None:
         """Add the weight gradients that the oldest such backward left out, second layer first; see the layers."""
         self.linear_fc2.backward_dw()
         self.linear_fc1.backward_dw()
+
+
+def _uses_te(recipe: Fp8Recipe, device: torch.device) -> bool:
+    """Whether TransformerEngine computes; raises where it must and can't."""
+    if recipe.engine == "torch" or (recipe.engine == "auto" and device.type != "cuda"):
+        return False
+    if recipe.engine == "te":
+        if device.type != "cuda":
+            limit = f"TransformerEngine needs rows on a GPU, these are on {device}"
+            raise ConfigError.of("recipe.engine", "te", limit, "use engine='auto'")
+        _te.load()
+        return True
+    reason = _te.why_not()
+    if reason is not None:
+        _warn_once(f"FP8 experts are emulated in fp32, which is slow: {reason}")
+    return reason is None
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning("moe_ep_plugin: %s", text)
 
 
 def _swiglu(x: torch.Tensor, probs: torch.Tensor | None) -> torch.Tensor:

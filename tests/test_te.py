@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_ep_plugin import BackendUnavailable, ConfigError
-from moe_ep_plugin._te import rows_to_te, tiles_to_te
+from moe_ep_plugin._te import load, rows_to_te, tiles_to_te
 from moe_ep_plugin.fp8 import Fp8Rows, quantize_rows, quantize_tiles
 
 BLOCKWISE = "transformer_engine.pytorch.tensor.float8_blockwise_tensor"
@@ -35,6 +35,13 @@ def tensor(
     return SimpleNamespace(**locals())
 
 
+@pytest.fixture(autouse=True)
+def nothing_loaded():
+    load.cache_clear()
+    yield
+    load.cache_clear()
+
+
 @pytest.fixture
 def te(monkeypatch):
     """The keywords of both constructors, in modules of the names that TransformerEngine has."""
@@ -42,6 +49,10 @@ def te(monkeypatch):
     extension.DType = SimpleNamespace(kFloat8E4M3="e4m3")
     blockwise = ModuleType(BLOCKWISE)
     blockwise.Float8BlockwiseQTensor, blockwise.Float8BlockQuantizer = tensor, quantizer
+    blockwise.Float8BlockwiseQTensorStorage = extension.split_quantize = None
+    gemm = ModuleType("transformer_engine.pytorch.cpp_extensions")
+    gemm.general_grouped_gemm = None
+    monkeypatch.setitem(sys.modules, gemm.__name__, gemm)
     for name in ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.tensor"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, BLOCKWISE, blockwise)
@@ -56,7 +67,7 @@ def test_without_transformer_engine(monkeypatch):
         lambda: rows_to_te(rows, dtype=torch.bfloat16),
         lambda: tiles_to_te(quantize_tiles(torch.ones(4, 128)), dtype=torch.bfloat16),
     ):
-        with pytest.raises(BackendUnavailable, match=r"install transformer-engine.*Fp8GroupedExperts"):
+        with pytest.raises(BackendUnavailable, match=r"install transformer-engine.*engine='torch'"):
             call()
 
 

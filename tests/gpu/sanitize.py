@@ -12,7 +12,8 @@ import itertools
 
 import torch
 
-from moe_ep_plugin import EpBuffer, EpConfig
+from moe_ep_plugin import EpBuffer, EpConfig, Fp8Rows, fp8_kernels
+from moe_ep_plugin.fp8 import quantize_rows
 
 
 def round_trip(dtype: torch.dtype, hidden: int, wire: str, expand: str, layout: str, limit: int | None) -> None:
@@ -99,8 +100,27 @@ def low_latency_step(
     assert not y.lost_weights.any()
 
 
+def fp8_layouts(counts: list[int], hidden: int) -> None:
+    """FP8 rows as a grouped GEMM reads them."""
+    generator = torch.Generator().manual_seed(2)
+    rows = quantize_rows(torch.randn(sum(counts) + 3, hidden, generator=generator))
+    on_gpu = Fp8Rows(rows.data.cuda(), rows.scale.cuda())
+    for got, want in zip(
+        fp8_kernels.transposed_scales(on_gpu, counts), fp8_kernels.transposed_scales(rows, counts), strict=True
+    ):
+        assert torch.equal(got.cpu(), want)
+    for got, want in zip(
+        fp8_kernels.columns(on_gpu, counts, power_of_two=True),
+        fp8_kernels.columns(rows, counts, power_of_two=True),
+        strict=True,
+    ):
+        assert torch.equal(got[0].cpu(), want[0]) and torch.equal(got[1].cpu(), want[1])
+
+
 def main() -> None:
     """All kinds of rows."""
+    for counts, hidden in (([5, 0, 131, 1], 272), ([16, 0, 144], 144), ([3], 16)):
+        fp8_layouts(counts, hidden)
     ran = 0
     for wire, expand, layout in itertools.product(("bf16", "fp8"), ("direct", "two_stage"), ("expert", "rank")):
         for dtype, hidden in ((torch.bfloat16, 272), (torch.float32, 528), (torch.bfloat16, 8)):

@@ -1,0 +1,213 @@
+"""The grouped linear layer of :mod:`moe_ep_plugin.fp8_experts` on TransformerEngine's FP8 GEMMs.
+
+Dispatched rows enter the forward GEMM as they arrived: their codes are not copied, only their scales are put in the
+order that the GEMM reads. What the weight gradient needs, the rows quantised by column, one kernel makes from what
+arrived; after that the received rows are no longer kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from . import _te, fp8_kernels
+from .errors import ConfigError
+from .fp8 import Fp8Rows
+from .wire import dequantize_blocks
+
+if TYPE_CHECKING:
+    from .fp8_experts import Fp8GroupedLinear
+
+
+def check(rows: torch.Tensor, counts: Sequence[int], layer: Fp8GroupedLinear) -> None:
+    """Raise ConfigError unless TransformerEngine's FP8 GEMMs take these shapes."""
+    for name, size in (("in_features", layer.in_features), ("out_features", layer.out_features)):
+        if size % 128:
+            limit = "TransformerEngine's block-scaled GEMM needs multiples of 128"
+            raise ConfigError.of(name, size, limit, "use such a size, or Fp8Recipe(engine='torch')")
+    uneven = [count for count in counts if count % _te.ROW_MULTIPLE]
+    if uneven:
+        limit = f"TransformerEngine's FP8 GEMM needs multiples of {_te.ROW_MULTIPLE} rows"
+        remedy = f"set EpConfig(expert_alignment={_te.ROW_MULTIPLE})"
+        raise ConfigError.of("tokens_per_expert", list(counts), limit, remedy)
+    if layer.weight(0).dtype not in (torch.bfloat16, torch.float16):
+        limit = "TransformerEngine's grouped GEMM gives bfloat16 or float16"
+        raise ConfigError.of("dtype", layer.weight(0).dtype, limit, "use one, or Fp8Recipe(engine='torch')")
+    if rows.device != layer.weight(0).device:
+        raise ConfigError.of("rows.device", rows.device, f"weights are on {layer.weight(0).device}", "move one of them")
+
+
+@dataclass
+class QuantizedWeights:
+    """Weights as the GEMMs take them, made at a step's first use and kept where the layer is told to.
+
+    Attributes:
+        operands: One of each expert.
+        columnwise: Whether the input's gradient can be computed from them.
+    """
+
+    operands: list[Any]
+    columnwise: bool
+
+
+def quantize_weights(layer: Fp8GroupedLinear, weights: Sequence[torch.Tensor], columnwise: bool) -> QuantizedWeights:
+    """Quantise all weights, or return those that the layer has kept; see ``is_first_microbatch``."""
+    kept: QuantizedWeights | None = layer.kept_weights
+    if layer.is_first_microbatch is False and kept is not None and (kept.columnwise or not columnwise):
+        return kept
+    recipe = layer.recipe
+    by = _te.quantizer(
+        2 if recipe.weight_block == "128x128" else 1,
+        rowwise=True,
+        columnwise=columnwise,
+        power_of_two_scales=recipe.power_of_two_scales,
+    )
+    by.internal = True
+    made = QuantizedWeights([_te.quantize(weight.detach(), by) for weight in weights], columnwise)
+    if layer.is_first_microbatch is None:
+        layer.kept_weights = None
+    else:
+        layer.kept_weights, layer.is_first_microbatch = made, False
+    return made
+
+
+@dataclass
+class _Fp8WeightGrad:
+    """Weight gradients from operands in FP8."""
+
+    inputs: list[Any]
+    grads: list[Any]
+    counts: Sequence[int]
+
+    def compute(self, layer: Fp8GroupedLinear) -> Iterator[torch.Tensor]:
+        """Gradients of the experts in order; zero without rows."""
+        weight = layer.weight(0)
+        out = torch.empty(layer.num_gemms, *weight.shape, dtype=weight.dtype, device=weight.device)
+        parts = list(out.unbind())
+        for part, count in zip(parts, self.counts, strict=True):
+            if count == 0:
+                part.zero_()
+        if sum(self.counts):
+            _te.grouped_gemm(self.inputs, self.grads, parts, "NT", self.counts, grad=True)
+        yield from parts
+
+
+@dataclass
+class _WideWeightGrad:
+    """Weight gradients from unquantised output gradients and dequantised rows, in the training dtype."""
+
+    rows: Fp8Rows | torch.Tensor
+    grad: torch.Tensor
+    counts: Sequence[int]
+
+    def compute(self, layer: Fp8GroupedLinear) -> Iterator[torch.Tensor]:
+        """Gradients of the experts in order; zero without rows."""
+        start = 0
+        for count in self.counts:
+            part = slice(start, start + count)
+            start += count
+            if isinstance(self.rows, Fp8Rows):
+                x = dequantize_blocks(self.rows.data[part], self.rows.scale[part], self.grad.dtype)
+            else:
+                x = self.rows[part]
+            yield self.grad[part].t() @ x
+
+
+class GroupedLinear(torch.autograd.Function):
+    """y[rows of e] = x[rows of e] @ weight[e]^T; quantisation passes gradients unchanged.
+
+    ``x`` are dispatched rows, whose gradient goes to their stand-in, or unquantised rows, which are quantised here.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad_rows: torch.Tensor | None,
+        rows: Fp8Rows | torch.Tensor,
+        counts: Sequence[int],
+        layer: Fp8GroupedLinear,
+        *weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Returns [rows, out_features] in the weights' dtype; zero in rows past the counts."""
+        recipe, total, dtype = layer.recipe, sum(counts), weights[0].dtype
+        needs_input, needs_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:])
+        by_columns = needs_weights and recipe.gradients == "fp8"
+        num_rows = len(rows.data if isinstance(rows, Fp8Rows) else rows)
+        out = torch.empty(num_rows, layer.out_features, dtype=dtype, device=weights[0].device)
+        out[total:].zero_()
+        quantized = quantize_weights(layer, weights, needs_input and recipe.gradients == "fp8")
+        inputs = _operands(rows, counts, layer, by_columns) if total else []
+        if total:
+            _te.grouped_gemm(quantized.operands, inputs, [out[:total]], "TN", counts, grad=False)
+        ctx.layer, ctx.counts, ctx.num_rows = layer, counts, num_rows
+        # Not parameters and not results of this function, so autograd has nothing to watch in them.
+        ctx.weights = quantized.operands if needs_input else None
+        ctx.columns = None
+        ctx.wide_rows = None
+        if needs_weights and by_columns:
+            for operand in inputs:
+                operand.update_usage(rowwise_usage=False, columnwise_usage=True)
+            ctx.columns = inputs
+        elif needs_weights:
+            ctx.wide_rows = rows if isinstance(rows, Fp8Rows) else rows.detach()
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        """Returns the rows' gradient, and those of the weights unless they are delayed."""
+        layer: Fp8GroupedLinear = ctx.layer
+        recipe, counts, total = layer.recipe, ctx.counts, sum(ctx.counts)
+        needs_input, needed = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        dy = grad[:total].contiguous()
+        in_fp8 = recipe.gradients == "fp8"
+        parts: list[Any] = []
+        if in_fp8 and total:
+            by = _te.quantizer(
+                1, rowwise=needs_input, columnwise=any(needed), power_of_two_scales=recipe.power_of_two_scales
+            )
+            parts = _te.split_quantize(dy, counts, by)
+        grad_rows = None
+        if needs_input:
+            grad_rows = torch.empty(ctx.num_rows, layer.in_features, dtype=grad.dtype, device=grad.device)
+            grad_rows[total:].zero_()
+            if in_fp8 and total:
+                _te.grouped_gemm(ctx.weights, parts, [grad_rows[:total]], "NN", counts, grad=True)
+            elif total:
+                start = 0
+                for weight, count in zip(ctx.weights, counts, strict=True):
+                    part = slice(start, start + count)
+                    start += count
+                    torch.mm(dy[part], weight.dequantize(dtype=grad.dtype), out=grad_rows[part])
+        grads: list[torch.Tensor | None] = [None] * layer.num_gemms
+        if any(needed):
+            work = _Fp8WeightGrad(ctx.columns, parts, counts) if in_fp8 else _WideWeightGrad(ctx.wide_rows, dy, counts)
+            if recipe.delay_weight_grad:
+                layer.delayed.append(work)
+            else:
+                grads = [g if need else None for g, need in zip(work.compute(layer), needed, strict=True)]
+        return grad_rows, None, None, None, *grads
+
+
+def _operands(
+    rows: Fp8Rows | torch.Tensor, counts: Sequence[int], layer: Fp8GroupedLinear, columnwise: bool
+) -> list[Any]:
+    """What the GEMMs take for the rows of each expert."""
+    power_of_two = layer.recipe.power_of_two_scales
+    by = _te.quantizer(1, rowwise=True, columnwise=columnwise, power_of_two_scales=power_of_two)
+    if not isinstance(rows, Fp8Rows):
+        return _te.split_quantize(rows[: sum(counts)].detach().contiguous(), counts, by)
+    dtype = layer.weight(0).dtype
+    columns: Sequence[Any] = [None] * len(counts)
+    if columnwise:
+        columns = fp8_kernels.columns(rows, counts, power_of_two=power_of_two)
+    codes = rows.codes[: sum(counts)].split(list(counts))
+    scales = fp8_kernels.transposed_scales(rows, counts)
+    return [
+        _te.operand(rows=(code, scale), columns=column, dtype=dtype, made_by=by)
+        for code, scale, column in zip(codes, scales, columns, strict=True)
+    ]
