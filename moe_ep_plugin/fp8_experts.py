@@ -326,7 +326,7 @@ class Fp8GroupedExperts(nn.Module):
         if probs is not None and list(probs.shape) != [len(rows.data)]:
             limit = f"one gate value for each of {len(rows.data)} rows is needed"
             raise ConfigError.of("probs.shape", list(probs.shape), limit, "pass the dispatch's topk_weights")
-        hidden = _swiglu(self.linear_fc1(rows, counts), probs)
+        hidden: torch.Tensor = _SwiGlu.apply(self.linear_fc1(rows, counts), probs)  # type: ignore[no-untyped-call]
         out: torch.Tensor = self.linear_fc2(hidden, counts)
         return out
 
@@ -357,13 +357,36 @@ def _warn_once(text: str) -> None:
     logger.warning("moe_ep_plugin: %s", text)
 
 
-def _swiglu(x: torch.Tensor, probs: torch.Tensor | None) -> torch.Tensor:
-    """silu(gate) * up * probs in fp32, rounded once."""
-    gate, up = x.float().chunk(2, dim=-1)
-    out = nn.functional.silu(gate) * up
-    if probs is not None:
-        out = out * probs.float()[:, None]
-    return out.to(x.dtype)
+class _SwiGlu(torch.autograd.Function):
+    """silu(gate) * up * probs in fp32, rounded once. Backward computes it again: only the inputs are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, probs: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, *(() if probs is None else (probs,)))
+        gate, up = x.float().chunk(2, dim=-1)
+        out = nn.functional.silu(gate).mul_(up)
+        if probs is not None:
+            out *= probs.float()[:, None]
+        return out.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x, *rest = ctx.saved_tensors
+        gate, up = x.float().chunk(2, dim=-1)
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        wide, grad_probs = grad.float(), None
+        if rest:
+            if ctx.needs_input_grad[1]:
+                grad_probs = torch.linalg.vecdot(wide, silu * up).to(rest[0].dtype)
+            wide = wide * rest[0].float()[:, None]
+        grad_x = torch.empty_like(x)
+        grad_gate, grad_up = grad_x.chunk(2, dim=-1)
+        grad_up.copy_(wide * silu)
+        # d silu(g) / dg = s + silu(g) (1 - s)
+        grad_gate.copy_(wide * up * (sigmoid + silu * (1 - sigmoid)))
+        return grad_x, grad_probs
 
 
 def _split(x: torch.Tensor, counts: Sequence[int]) -> Sequence[torch.Tensor]:
