@@ -211,6 +211,7 @@ class Communicator:
         reduce_warps: int = 0,
         reduce_stages: int = 0,
         reduce_chunk: int = 0,
+        gather_scales: int = 0,
     ) -> None: ...
 
 def device_uuid(device: int) -> str: ...

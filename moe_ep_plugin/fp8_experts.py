@@ -44,7 +44,7 @@ class Fp8Recipe:
         delay_weight_grad: Weight gradients are left to ``backward_dw()``; until then the layers keep the received
             rows and the output gradients.
         engine: ``"te"``: TransformerEngine's GEMMs, on GPUs. ``"torch"``: emulated. ``"auto"``: the former for rows on
-            a GPU where TransformerEngine is installed, else the latter.
+            a GPU where TransformerEngine is installed, unless weights are fp32; else the latter, which is logged once.
     """
 
     power_of_two_scales: bool = True
@@ -137,7 +137,7 @@ class Fp8GroupedLinear(nn.Module):
     unread: block scales have no history.
 
     Attributes:
-        is_first_microbatch: None: weights are quantised in every forward. True: they are in the next one, and kept
+        weights_changed: None: weights are quantised in every forward. True: they are in the next one, and kept
             for those after it, until this is set to True again; set it after every change of a weight. It counts with
             TransformerEngine alone, and saves a pass over the weights in a step's micro-batches but the first.
 
@@ -172,7 +172,7 @@ class Fp8GroupedLinear(nn.Module):
         self.num_gemms, self.in_features, self.out_features = num_gemms, in_features, out_features
         self.recipe = recipe or Fp8Recipe()
         self.delayed: deque[Any] = deque()
-        self.is_first_microbatch: bool | None = None
+        self.weights_changed: bool | None = None
         self.kept_weights: fp8_te.QuantizedWeights | None = None
         for index in range(num_gemms):
             weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device=device))
@@ -216,7 +216,7 @@ class Fp8GroupedLinear(nn.Module):
         check_counts(counts, len(values))
         weights = [self.weight(index) for index in range(self.num_gemms)]
         function: Any = _GroupedLinear
-        if _uses_te(self.recipe, values.device):
+        if _uses_te(self.recipe, values.device, weights[0].dtype):
             fp8_te.check(values, counts, self)
             function = fp8_te.GroupedLinear
         elif not isinstance(rows, Fp8Rows):
@@ -336,7 +336,7 @@ class Fp8GroupedExperts(nn.Module):
         self.linear_fc1.backward_dw()
 
 
-def _uses_te(recipe: Fp8Recipe, device: torch.device) -> bool:
+def _uses_te(recipe: Fp8Recipe, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether TransformerEngine computes; raises where it must and can't."""
     if recipe.engine == "torch" or (recipe.engine == "auto" and device.type != "cuda"):
         return False
@@ -347,6 +347,8 @@ def _uses_te(recipe: Fp8Recipe, device: torch.device) -> bool:
         _te.load()
         return True
     reason = _te.why_not()
+    if reason is None and dtype == torch.float32:
+        reason = "TransformerEngine's grouped GEMM gives bfloat16 or float16, and the weights are float32"
     if reason is not None:
         _warn_once(f"FP8 experts are emulated in fp32, which is slow: {reason}")
     return reason is None

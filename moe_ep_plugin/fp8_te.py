@@ -55,9 +55,9 @@ class QuantizedWeights:
 
 
 def quantize_weights(layer: Fp8GroupedLinear, weights: Sequence[torch.Tensor], columnwise: bool) -> QuantizedWeights:
-    """Quantise all weights, or return those that the layer has kept; see ``is_first_microbatch``."""
+    """Quantise all weights, or return those that the layer has kept; see ``weights_changed``."""
     kept: QuantizedWeights | None = layer.kept_weights
-    if layer.is_first_microbatch is False and kept is not None and (kept.columnwise or not columnwise):
+    if layer.weights_changed is False and kept is not None and (kept.columnwise or not columnwise):
         return kept
     recipe = layer.recipe
     by = _te.quantizer(
@@ -68,10 +68,10 @@ def quantize_weights(layer: Fp8GroupedLinear, weights: Sequence[torch.Tensor], c
     )
     by.internal = True
     made = QuantizedWeights([_te.quantize(weight.detach(), by) for weight in weights], columnwise)
-    if layer.is_first_microbatch is None:
+    if layer.weights_changed is None:
         layer.kept_weights = None
     else:
-        layer.kept_weights, layer.is_first_microbatch = made, False
+        layer.kept_weights, layer.weights_changed = made, False
     return made
 
 

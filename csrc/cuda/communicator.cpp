@@ -118,9 +118,11 @@ void Communicator::fill_tables() {
   const std::size_t tables = align_up(sizeof(DeviceState), kCacheLine);
   const std::size_t low_at = tables;
   const std::size_t bases_at = align_up(low_at + sizeof(LowState) + bases_.size() * sizeof(std::uint32_t), kCacheLine);
+  const LowSlots slots = low_slots(*std::max_element(held.begin(), held.end()));
   const std::size_t segments_at = align_up(bases_at + bases_.size() * sizeof(std::uint8_t*), kCacheLine);
   const std::size_t registered_at = segments_at + row_memory_.mapped().size() * sizeof(std::uint8_t*);
-  const std::size_t words_at = registered_at + kMostRowSegments * sizeof(std::uint64_t);
+  const std::size_t scales_at = registered_at + kMostRowSegments * sizeof(std::uint64_t);
+  const std::size_t words_at = scales_at + low_scale_words(slots) * sizeof(std::uint64_t);
   MOE_EP_CUDA_CHECK(cudaMalloc(&device_memory_, words_at + words * sizeof(std::int32_t)));
   auto* memory = static_cast<std::uint8_t*>(device_memory_);
   MOE_EP_CUDA_CHECK(cudaMemset(memory, 0, words_at));
@@ -164,7 +166,8 @@ void Communicator::fill_tables() {
   group_.timeout_ns = static_cast<std::uint64_t>(options_.timeout_s * 1e9);
   low_.segments = reinterpret_cast<std::uint8_t**>(memory + segments_at);
   low_.registered = reinterpret_cast<std::uint64_t*>(memory + registered_at);
-  fill_low_group(reinterpret_cast<LowState*>(memory + low_at), *std::max_element(held.begin(), held.end()));
+  fill_low_group(reinterpret_cast<LowState*>(memory + low_at), reinterpret_cast<std::uint64_t*>(memory + scales_at),
+                 slots);
 }
 
 // At the end of a process the driver may be gone already: nothing is checked.

@@ -223,10 +223,12 @@ class Communicator {
   RoutingShape routing_shape(std::int64_t num_tokens, std::int64_t topk) const;
   // Most rows that one rank can receive, one a (token, source rank).
   std::int64_t most_received_rows() const { return options_.max_tokens * num_ranks(); }
-  // For measurements: other pipelines than the ones that were found best. 0 leaves a number as it is chosen.
-  void tune(Pipeline send, Pipeline reduce) {
+  // For measurements and tests: other pipelines than the ones that were found best, and scales gathered (1) wherever
+  // that is possible, or nowhere (-1). 0 leaves a number as it is chosen.
+  void tune(Pipeline send, Pipeline reduce, int gather_scales) {
     tuned_send_ = send;
     tuned_reduce_ = reduce;
+    tuned_gather_ = gather_scales;
   }
 
  private:
@@ -241,7 +243,10 @@ class Communicator {
   int blocks_for(int num_sms, std::int64_t items, int warps) const;
   LowRoutingShape low_routing_shape(std::int64_t num_tokens, std::int64_t topk) const;
   int most_low_blocks(int num_sms) const { return std::min(most_blocks(num_sms), kMostLowBlocks); }
-  void fill_low_group(LowState* state, std::int32_t most_local_experts);
+  LowSlots low_slots(std::int32_t most_local_experts) const;
+  std::size_t low_scale_words(const LowSlots& slots) const;
+  std::int32_t scale_parts(const LowDispatchParams& params, int blocks) const;
+  void fill_low_group(LowState* state, std::uint64_t* scale_words, const LowSlots& slots);
   void follow_low_home(int index, cudaStream_t stream);
   void upload_rows(void* table, const void* from, std::size_t bytes);
   Pipeline send_pipeline(const RowSource& source, const RowSizes& sizes, int num_destinations) const;
@@ -307,6 +312,7 @@ class Communicator {
   std::uint64_t ticket_ = 0;
   Pipeline tuned_send_{};
   Pipeline tuned_reduce_{};
+  int tuned_gather_ = 0;
 };
 
 }  // namespace gpu

@@ -35,6 +35,8 @@ enum LowArray : int {
   kHeader,        // std::uint32_t [num_ranks][words before the counts]
   kMasked,        // std::uint8_t [num_ranks]
   kMissing,       // std::uint8_t [num_ranks]
+  kRowsOf,        // std::int32_t [num_experts] rows of this rank; for GatheredScales, as the next
+  kListed,        // std::uint16_t [num_experts][kMostListed] tokens
   kStages,        // [warps][stages][chunk]
   kNumArrays
 };
@@ -62,6 +64,10 @@ void lay_out(LowDispatchParams& params) {
   bytes[kCounts] = bytes[kTotals] = (experts + (by_rank ? ranks : 0)) * sizeof(std::int32_t);
   bytes[kHeader] = ranks * params.low.layout.header_words() * sizeof(std::uint32_t);
   bytes[kMasked] = bytes[kMissing] = ranks;
+  if (params.scale_parts > 0) {
+    bytes[kRowsOf] = experts * sizeof(std::int32_t);
+    bytes[kListed] = experts * kMostListed * sizeof(std::uint16_t);
+  }
   bytes[kStages] = static_cast<std::size_t>(kWarps) * params.stages * chunk_bytes(params);
   params.offsets[0] = 0;
   for (int i = 0; i < kNumArrays; ++i) {
@@ -91,6 +97,8 @@ struct LowShared {
   __device__ std::uint32_t* header() const { return at<std::uint32_t>(kHeader); }
   __device__ std::uint8_t* masked() const { return at<std::uint8_t>(kMasked); }
   __device__ std::uint8_t* missing() const { return at<std::uint8_t>(kMissing); }
+  __device__ std::int32_t* rows_of() const { return at<std::int32_t>(kRowsOf); }
+  __device__ std::uint16_t* listed() const { return at<std::uint16_t>(kListed); }
 };
 
 // An item is one chunk of one token's row. A block has a run of items, which its warps take in turn: what is written at
@@ -335,23 +343,24 @@ __device__ __noinline__ void find_bad_route(const LowDispatchParams& params, con
 
 // Routes of a token in a warp, which are to become its entries, sorted by rank and position.
 struct LowRoutes {
-  std::int32_t rank;  // of lane j's route; INT_MAX: it goes nowhere
-  std::int32_t bin;   // where it is counted
-  std::int32_t slot;  // but for what comes before this rank's rows
-  std::int32_t from;  // the lane whose route becomes lane j's entry
+  std::int32_t rank;   // of lane j's route; INT_MAX: it goes nowhere
+  std::int32_t bin;    // where it is counted
+  std::int32_t index;  // among this rank's rows that go to the same place
+  std::int32_t slot;   // but for what comes before this rank's rows
+  std::int32_t from;   // the lane whose route becomes lane j's entry
 };
 
 __device__ LowRoutes sort_routes(const LowDispatchParams& params, const LowShared& shared, const std::int32_t* keys,
                                  int token, bool by_rank) {
   const int lane = threadIdx.x & 31;
   const int at = token * params.topk + lane;
-  LowRoutes routes{INT_MAX, 0, 0, 0};
+  LowRoutes routes{INT_MAX, 0, 0, 0, 0};
   const std::int32_t key = lane < params.topk ? keys[at] : -1;
   if (key >= 0) {
     routes.rank = by_rank ? key : shared.rank_of()[key];
     routes.bin = by_rank ? params.low.group.num_experts + key : key;
-    routes.slot = (by_rank ? 0 : shared.local_of()[key] * params.capacity) + shared.places()[at] +
-                  shared.counters()[at / params.run * params.places + key];
+    routes.index = shared.places()[at] + shared.counters()[at / params.run * params.places + key];
+    routes.slot = (by_rank ? 0 : shared.local_of()[key] * params.capacity) + routes.index;
     if (shared.masked()[routes.rank] != 0) routes.rank = INT_MAX;
   }
   int to = 0;
@@ -658,7 +667,7 @@ __device__ void store_chunk(const LowDispatchParams& params, const LowShared& sh
   }
 }
 
-// Scales of a chunk beside its rows: half a warp an entry.
+// Scales of a chunk beside its rows, but for entries without a rank: half a warp an entry.
 __device__ void store_scales(const LowDispatchParams& params, const LowShared& shared, const Entry& entry, int count,
                              const float* scales, int first_block, int blocks, int row_blocks) {
   const int lane = threadIdx.x & 15;
@@ -676,7 +685,7 @@ __device__ void store_scales(const LowDispatchParams& params, const LowShared& s
 #pragma unroll 1
   for (int i = 0; i < count; i += 2) {
     auto* to = reinterpret_cast<float*>(__shfl_sync(0xffffffffu, mine, i + half));
-    if (i + half >= count) continue;
+    if (i + half >= count || to == nullptr) continue;
 #pragma unroll 2
     for (int block = lane; block < blocks; block += 16) {
       store_gathered(to + static_cast<std::size_t>(block) * capacity, scales[block]);
@@ -684,18 +693,115 @@ __device__ void store_scales(const LowDispatchParams& params, const LowShared& s
   }
 }
 
+// Scales of a chunk to where the rank's other warps find them: a warp. Each word names its dispatch, so that no fence
+// or flag has to say that it has come.
+__device__ void lay_out_scales(const LowDispatchParams& params, std::uint32_t sequence, int token, int first_block,
+                               int blocks, const float* scales) {
+  const int row_blocks = static_cast<int>(params.sizes.scale / sizeof(float));
+  std::uint64_t* to = params.low.scale_words + static_cast<std::size_t>(token) * row_blocks + first_block;
+#pragma unroll 1
+  for (int block = threadIdx.x & 31; block < blocks; block += 32) {
+    store_relaxed_device(to + block, low_word(sequence, __float_as_uint(scales[block])));
+  }
+}
+
+// The first tokens of each expert, and how many it gets of this rank. The routers, once the counts are there.
+__device__ __noinline__ void list_rows(const LowDispatchParams& params, const LowShared& shared) {
+#pragma unroll 1
+  for (int expert = threadIdx.x; expert < params.places; expert += kRouters) {
+    shared.rows_of()[expert] = shared.counts()[expert];
+  }
+#pragma unroll 1
+  for (int at = threadIdx.x; at < params.num_tokens * params.topk; at += kRouters) {
+    const std::int32_t expert = shared.ids()[at];
+    if (expert < 0) continue;
+    const int row = shared.places()[at] + shared.counters()[at / params.run * params.places + expert];
+    if (row < kMostListed) shared.listed()[expert * kMostListed + row] = static_cast<std::uint16_t>(at / params.topk);
+  }
+}
+
+// A scale that had not come at first; of a rank that has failed, anything: a block that found that says to nobody that
+// its rows have come.
+__device__ __noinline__ std::uint64_t late_scale(const LowDispatchParams& params, const std::uint64_t* at,
+                                                 std::uint32_t sequence) {
+  std::uint64_t word = load_relaxed_device(at);
+#pragma unroll 1
+  for (unsigned spin = 1; low_lead(word, sequence) != 0; ++spin) {
+    if ((spin & 127) == 0 && load_relaxed_device(&params.low.group.state->failed) != 0) break;
+    word = load_relaxed_device(at);
+  }
+  return word;
+}
+
+// Scales of the first of this rank's rows for an expert, or a part of each; layout expert. They lie together there, a
+// few rows of each block of scales. So lanes that follow each other take rows that do, and memory sees a fraction of
+// the transactions that scales stored token by token would be. Other rows' scales are sent with them. A warp.
+struct GatheredScales {
+  const std::uint64_t* from;  // of the lane's row
+  float* to;                  // likewise
+  int block;                  // the lane's first
+  int end;                    // past its last
+  int step;
+  std::uint64_t words[kGatheredWords];
+
+  // A warp of the grid has one expert, or part of one, or none.
+  __device__ void find(const LowDispatchParams& params, const LowShared& shared) {
+    const int warp = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x / 32);
+    const int lane = threadIdx.x & 31;
+    const int row_blocks = static_cast<int>(params.sizes.scale / sizeof(float));
+    block = end = 0;
+    step = 1;
+    if (warp >= params.places * params.scale_parts) return;
+    const int part = warp % params.scale_parts;
+    // Ranks begin with experts of different ranks.
+    int expert = warp / params.scale_parts + params.low.group.rank * params.places / params.low.group.num_ranks;
+    if (expert >= params.places) expert -= params.places;
+    const int rank = shared.rank_of()[expert];
+    const int rows = min(shared.rows_of()[expert], kMostListed);
+    if (rows == 0 || shared.masked()[rank] != 0) return;
+    const int shift = rows == 1 ? 0 : 32 - __clz(rows - 1);  // 1, 2, 4, 8 rows beside each other
+    const int row = lane & ((1 << shift) - 1);
+    if (row >= rows) return;
+    step = 32 >> shift;
+    block = part * row_blocks / params.scale_parts + (lane >> shift);
+    end = (part + 1) * row_blocks / params.scale_parts;
+    from = params.low.scale_words + static_cast<std::size_t>(shared.listed()[expert * kMostListed + row]) * row_blocks;
+    to = shared.destinations()[rank].scales +
+         static_cast<std::size_t>(shared.local_of()[expert]) * row_blocks * params.capacity + shared.counts()[expert] +
+         row;
+  }
+  // Asks for words; nothing waits for them yet.
+  __device__ void load() {
+#pragma unroll
+    for (int i = 0; i < kGatheredWords; ++i) {
+      if (block + i * step < end) words[i] = load_relaxed_device(from + block + i * step);
+    }
+  }
+  __device__ void store(const LowDispatchParams& params, std::uint32_t sequence) {
+#pragma unroll
+    for (int i = 0; i < kGatheredWords; ++i) {
+      const int at = block + i * step;
+      if (at >= end) break;
+      if (low_lead(words[i], sequence) != 0) words[i] = late_scale(params, from + at, sequence);
+      store_gathered(to + static_cast<std::size_t>(at) * params.capacity, __uint_as_float(low_value(words[i])));
+    }
+  }
+};
+
 // How a chunk's elements become what crosses. One kernel each: code that is not needed costs instruction fetches at
 // every launch.
 template <bool kWithScales>
 struct AsTheyAre {
   static constexpr bool kQuantizes = false;
   static constexpr bool kHasScales = kWithScales;
+  static constexpr bool kGathers = false;
 };
-template <class ElementType>
+template <class ElementType, bool kGathersScales>
 struct Quantized {
   using Element = ElementType;
   static constexpr bool kQuantizes = true;
   static constexpr bool kHasScales = true;
+  static constexpr bool kGathers = kGathersScales;
 };
 
 template <class Path>
@@ -809,24 +915,44 @@ __global__ void __launch_bounds__(kThreads, 1) low_dispatch_kernel(const __grid_
       publish_low_post(low, kKind, params.index, sequence, post, shared.heaps(), shared.masked(), shared.counts(),
                        params.bins, kRouters);
     }
+    if constexpr (Path::kGathers) list_rows(params, shared);
   }
   float* scales = shared.at<float>(kScales) + warp * kMostScalesAChunk;
   const auto token_of = [&](int item) {
     return static_cast<int>(static_cast<std::uint32_t>(item) / static_cast<std::uint32_t>(params.chunks));
   };
+  const auto first_block_of = [&](int chunk) { return chunk * params.chunk_elements / static_cast<int>(kFp8Block); };
+  const auto blocks_of = [&](int chunk) {
+    return (loader.elements(chunk) + static_cast<int>(kFp8Block) - 1) / static_cast<int>(kFp8Block);
+  };
   const int first_item = loader.items.first;
   const int first_token = token_of(first_item);
   const bool works = first_item < loader.items.end;
-  if (works) prepare_chunk<Path>(params, loader, first_item - first_token * params.chunks, 0, 0, scales);
+  // Quantised, and its scales where others look for them.
+  const auto prepare = [&](int token, int chunk, int which, std::uint32_t parity) {
+    prepare_chunk<Path>(params, loader, chunk, which, parity, scales);
+    if constexpr (Path::kGathers) {
+      lay_out_scales(params, sequence, token, first_block_of(chunk), blocks_of(chunk), scales);
+    }
+  };
+  if (works) prepare(first_token, first_item - first_token * params.chunks, 0, 0);
   // Counts become what comes before: all have been read. And all places are there.
   __syncthreads();
-  LowRoutes routes{INT_MAX, 0, 0, 0};
+  LowRoutes routes{INT_MAX, 0, 0, 0, 0};
   if (works) routes = sort_routes(params, shared, keys, first_token, by_rank);
   LowVerdict verdict{false, false};
   if (gather_posts(params, shared, sequence, post, rare)) verdict = judge_posts(params, shared, sequence);
   if (verdict.failed) {
     loader.drain(1);
     return;
+  }
+  GatheredScales gathered;
+  if constexpr (Path::kGathers) {
+    // Words are asked for before memory is busy with rows. By now most have come.
+    if (!verdict.dropped) {
+      gathered.find(params, shared);
+      gathered.load();
+    }
   }
   int which = 0;
   std::uint32_t parity = 0;
@@ -836,7 +962,7 @@ __global__ void __launch_bounds__(kThreads, 1) low_dispatch_kernel(const __grid_
     const int chunk = item - token * params.chunks;
     if (item != first_item) {
       routes = sort_routes(params, shared, keys, token, by_rank);
-      prepare_chunk<Path>(params, loader, chunk, which, parity, scales);
+      prepare(token, chunk, which, parity);
     }
     const Entry entry = place_entries(params, shared, routes, by_rank, verdict.dropped);
     const int count = __popc(__ballot_sync(0xffffffffu, entry.rank >= 0));
@@ -844,12 +970,18 @@ __global__ void __launch_bounds__(kThreads, 1) low_dispatch_kernel(const __grid_
     store_chunk(params, shared, entry, count, loader.stage(which), chunk * params.chunk_elements * params.out_bytes,
                 elements * params.out_bytes);
     if constexpr (Path::kHasScales) {
-      const int first_block = chunk * params.chunk_elements / static_cast<int>(kFp8Block);
-      const int blocks = (elements + static_cast<int>(kFp8Block) - 1) / static_cast<int>(kFp8Block);
-      const int row_blocks = static_cast<int>(params.sizes.scale / sizeof(float));
-      const float* from =
-          Path::kQuantizes ? scales : params.source.scales + static_cast<std::size_t>(token) * row_blocks + first_block;
-      store_scales(params, shared, entry, count, from, first_block, blocks, row_blocks);
+      Entry others = entry;
+      if constexpr (Path::kGathers) {
+        if (__shfl_sync(0xffffffffu, routes.index, routes.from) < kMostListed) others.rank = -1;
+      }
+      if (!Path::kGathers || __any_sync(0xffffffffu, others.rank >= 0)) {
+        const int first_block = first_block_of(chunk);
+        const int row_blocks = static_cast<int>(params.sizes.scale / sizeof(float));
+        const float* from = Path::kQuantizes
+                                ? scales
+                                : params.source.scales + static_cast<std::size_t>(token) * row_blocks + first_block;
+        store_scales(params, shared, others, count, from, first_block, blocks_of(chunk), row_blocks);
+      }
     }
     if (chunk == 0) {
       if (lane < params.topk) {
@@ -869,6 +1001,9 @@ __global__ void __launch_bounds__(kThreads, 1) low_dispatch_kernel(const __grid_
       which = 0;
       parity ^= 1;
     }
+  }
+  if constexpr (Path::kGathers) {
+    if (!verdict.dropped) gathered.store(params, sequence);
   }
   if (by_rank) clear_tail(params, shared, verdict.dropped);
   if (verdict.dropped && threadIdx.x == 0) low.state->gave_up[params.index] = sequence;
@@ -916,7 +1051,9 @@ template <class Visit>
 cudaError_t visit_low_path(const LowDispatchParams& params, Visit&& visit) {
   if (params.sizes.scale == 0) return visit(AsTheyAre<false>{});
   if (!params.source.quantize) return visit(AsTheyAre<true>{});
-  return visit_element_on_host(params.source.element, [&](auto tag) { return visit(Quantized<decltype(tag)>{}); });
+  return visit_element_on_host(params.source.element, [&](auto tag) {
+    return params.scale_parts > 0 ? visit(Quantized<decltype(tag), true>{}) : visit(Quantized<decltype(tag), false>{});
+  });
 }
 
 }  // namespace
@@ -950,9 +1087,13 @@ cudaError_t prepare_low_dispatch(std::size_t most_shared_bytes) {
   };
   cudaError_t error = prepare(AsTheyAre<false>{});
   if (error == cudaSuccess) error = prepare(AsTheyAre<true>{});
-  if (error == cudaSuccess) error = prepare(Quantized<Float32>{});
-  if (error == cudaSuccess) error = prepare(Quantized<BFloat16>{});
-  if (error == cudaSuccess) error = prepare(Quantized<Float16>{});
+  const auto prepare_quantized = [&](auto tag) {
+    if (error == cudaSuccess) error = prepare(Quantized<decltype(tag), false>{});
+    if (error == cudaSuccess) error = prepare(Quantized<decltype(tag), true>{});
+  };
+  prepare_quantized(Float32{});
+  prepare_quantized(BFloat16{});
+  prepare_quantized(Float16{});
   return error;
 }
 

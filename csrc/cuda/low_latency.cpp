@@ -12,6 +12,10 @@ namespace {
 
 constexpr std::int64_t kLargestLowChunk = 4096;  // bytes of a source row
 constexpr std::int64_t kSmallestLowChunk = 1024;
+// How many rows of this rank an expert gets on average, from which on gathering their scales pays; and of how many
+// scales of each row a warp sees to at least.
+constexpr std::int64_t kFewestGatheredRows = 4;
+constexpr std::int64_t kFewestGatheredScales = 8;
 
 }  // namespace
 
@@ -19,11 +23,22 @@ LowRoutingShape Communicator::low_routing_shape(std::int64_t num_tokens, std::in
   return LowRoutingShape{bases_.size(), at(num_local_experts_), at(num_tokens), at(topk)};
 }
 
-void Communicator::fill_low_group(LowState* state, std::int32_t most_local_experts) {
+LowSlots Communicator::low_slots(std::int32_t most_local_experts) const {
+  return LowSlots{at(options_.low_tokens) * bases_.size(),
+                  options_.low_layout == RowLayout::kExpert ? at(most_local_experts) : 1};
+}
+
+// As many as a rank's tokens have scales: source rows are of 2 bytes an element or more, and no longer than a slot.
+std::size_t Communicator::low_scale_words(const LowSlots& slots) const {
+  if (slots.slots() == 0) return 0;
+  return at(options_.low_tokens) * divided_up(pool_->low().rows_bytes / slots.slots(), 2 * kFp8Block);
+}
+
+void Communicator::fill_low_group(LowState* state, std::uint64_t* scale_words, const LowSlots& slots) {
   low_.group = group_;
   low_.layout = pool_->low();
-  low_.slots.capacity = at(options_.low_tokens) * bases_.size();
-  low_.slots.groups = options_.low_layout == RowLayout::kExpert ? at(most_local_experts) : 1;
+  low_.slots = slots;
+  low_.scale_words = scale_words;
   low_.row_layout = options_.low_layout;
   low_.state = state;
   low_.masked_since = reinterpret_cast<std::uint32_t*>(state + 1);
@@ -54,6 +69,23 @@ LowBlock Communicator::low_block(int index, const RowSizes& sizes, cudaStream_t 
   block.offsets = low_.slots.arrays(sizes.row, sizes.scale, sizes.weight, sizes.index);
   block.rows = low_rows(index);
   return block;
+}
+
+// See LowDispatchParams: 0 where rows are too few or too many for it, or too long. Links between GPUs carry few large
+// stores better than many small ones; to the L2 of one GPU it makes no difference, and there the detour costs.
+std::int32_t Communicator::scale_parts(const LowDispatchParams& params, int blocks) const {
+  const std::int64_t experts = group_.num_experts;
+  const std::int64_t routes = std::int64_t{params.num_tokens} * params.topk;
+  const std::int64_t scales = divided_up(params.source.hidden, kFp8Block);
+  const std::int64_t warps_each = blocks * kWarps / experts;
+  const bool pays = !group_.on_one_device && routes >= kFewestGatheredRows * experts && routes <= kMostListed * experts;
+  if (tuned_gather_ < 0 || (tuned_gather_ == 0 && !pays) || options_.low_layout != RowLayout::kExpert ||
+      warps_each == 0 || at(params.num_tokens * scales) > low_scale_words(low_.slots)) {
+    return 0;
+  }
+  const std::int64_t parts = std::min(warps_each, divided_up(scales, kFewestGatheredScales));
+  const bool fit = divided_up(scales, parts) <= kGatheredWords * 32 / kMostListed;
+  return fit ? static_cast<std::int32_t>(parts) : 0;
 }
 
 void Communicator::low_dispatch(const LowDispatchArguments& arguments) {
@@ -97,6 +129,7 @@ void Communicator::low_dispatch(const LowDispatchArguments& arguments) {
   if (tuned_send_.chunk_bytes > 0) params.chunk_elements = static_cast<std::int32_t>(tuned_send_.chunk_bytes / element);
   const std::int64_t items = arguments.num_tokens * divided_up(source.hidden, params.chunk_elements);
   const int blocks = static_cast<int>(std::clamp<std::int64_t>(items, 1, most));
+  params.scale_parts = source.quantize ? scale_parts(params, blocks) : 0;
   // Less is slower, but all of it works.
   bool fits = false;
   for (int stages = one_each ? 1 : 2; stages > 0; --stages) {

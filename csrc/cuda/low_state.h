@@ -84,6 +84,9 @@ struct LowGroup {
   // Registered memory, see row_memory.h: where each rank's is mapped here, and whether this rank's is everywhere.
   std::uint8_t** segments;    // [num_ranks][kMostRowSegments]
   std::uint64_t* registered;  // [kMostRowSegments] CUDA's number of the allocation; 0: none is registered
+  // Scales of a dispatch's source rows on their way between this rank's warps: [tokens][blocks of a row], each a
+  // low_word().
+  std::uint64_t* scale_words;
   bool mask_on_timeout;
   bool starts_early;  // see launch_early()
   std::int32_t num_local_experts;
@@ -92,8 +95,11 @@ struct LowGroup {
 // Which halves of an operation a launch does.
 enum LowHalves : std::int32_t { kLowSend = 1, kLowReceive = 2, kLowBoth = 3 };
 
-constexpr int kLowDispatchOffsets = 17;
+constexpr int kLowDispatchOffsets = 19;
 constexpr int kLowCountWarps = 8;
+// Of this rank's rows for an expert, those whose scales a warp gathers; and how many words a lane has for them.
+constexpr int kMostListed = 8;
+constexpr int kGatheredWords = 16;
 
 struct LowDispatchParams {
   LowGroup low;
@@ -110,6 +116,7 @@ struct LowDispatchParams {
   bool bulk_loads;
   bool bulk_stores;
   LowHalves halves;
+  std::int32_t scale_parts;  // in how many parts warps gather the scales of an expert; 0: they are sent with their rows
   // What follows from the above; see complete_low_dispatch().
   std::int32_t chunks;         // of a row
   std::int32_t stage_bytes;    // of the ring

@@ -45,6 +45,16 @@ __device__ __forceinline__ void store_relaxed_device(std::uint32_t* at, std::uin
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
 }
 
+__device__ __forceinline__ void store_relaxed_device(std::uint64_t* at, std::uint64_t value) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+}
+
+__device__ __forceinline__ std::uint64_t load_relaxed_device(const std::uint64_t* at) {
+  std::uint64_t value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ std::uint32_t load_relaxed_device(const std::uint32_t* at) {
   std::uint32_t value;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");

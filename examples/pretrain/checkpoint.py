@@ -31,6 +31,7 @@ _FIXED = (
     "steps",
     "lr",
     "expert_parallel",
+    "moe_ep_fp8",
 )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from moe_ep_plugin import Fp8Rows
 from moe_ep_plugin.integrations.megatron import statistics
 
 _Stamp = Callable[[], Any]
@@ -77,11 +79,14 @@ class CommTimer:
 
     def _mark(self, values: tuple[Any, ...], forward: _Stamp, backward: _Stamp) -> tuple[Any, ...]:
         """``values`` with its floating-point tensors passed through one mark."""
-        places = [i for i, v in enumerate(values) if torch.is_tensor(v) and v.is_floating_point()]
-        marked = _Mark.apply(forward, backward, *(values[i] for i in places))
+        # FP8 rows have a stand-in that autograd knows.
+        known = [value.grad_rows if isinstance(value, Fp8Rows) else value for value in values]
+        places = [i for i, v in enumerate(known) if torch.is_tensor(v) and v.is_floating_point()]
+        marked = _Mark.apply(forward, backward, *(known[i] for i in places))
         out = list(values)
         for place, tensor in zip(places, marked, strict=True):
-            out[place] = tensor
+            value = values[place]
+            out[place] = replace(value, grad_rows=tensor) if isinstance(value, Fp8Rows) else tensor
         return tuple(out)
 
     def _bracket(self, dispatcher: Any, first: str, last: str) -> None:

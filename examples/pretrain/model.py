@@ -17,6 +17,7 @@ from .data import VOCAB_SIZE
 
 HEAD_SIZE = 32
 _EXPERT_NAME = re.compile(r"(?<=\.local_experts\.)\d+")
+_FP8_EXPERT_NAME = re.compile(r"(?<=\.experts)\.(linear_fc[12])\.weight(\d+)$")
 
 
 def build_model(options: argparse.Namespace, expert_rank: int, device: torch.device) -> GPTModel:
@@ -81,6 +82,8 @@ def _initialise(model: GPTModel, options: argparse.Namespace, first_expert: int)
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             continue
+        # An FP8 expert starts with the weights of the expert that it stands for.
+        name = _FP8_EXPERT_NAME.sub(r".local_experts.\2.\1.weight", name)
         name = _EXPERT_NAME.sub(lambda match: str(int(match.group()) + first_expert), name)
         generator = torch.Generator().manual_seed((options.seed << 32) + zlib.crc32(name.encode()))
         std = 0.02 if "embedding" in name else parameter.shape[-1] ** -0.5

@@ -157,6 +157,11 @@ def _parser() -> argparse.ArgumentParser:
     parallel.add_argument(
         "--moe-token-dispatcher", choices=("deepep", "alltoall", "allgather"), default="deepep", help="deepep is ours"
     )
+    parallel.add_argument(
+        "--moe-ep-fp8",
+        choices=("experts",),
+        help="experts compute on FP8 rows, as they are dispatched; without it, nothing is quantised",
+    )
     add_backend(parallel, "what moves the rows under deepep")
     add_expert_parallel(parallel)
 
@@ -182,6 +187,11 @@ def parse_options(argv: list[str], num_ranks: int) -> argparse.Namespace:
             "(--expert-parallel); Megatron-Core spreads experts evenly"
         )
     check_sizes(options)
+    if options.moe_ep_fp8 and options.moe_token_dispatcher != "deepep":
+        raise UsageError(
+            f"--moe-ep-fp8 {options.moe_ep_fp8}: --moe-token-dispatcher {options.moe_token_dispatcher} sends no FP8 "
+            "rows; use deepep"
+        )
     if not options.lr > 0:
         raise UsageError(f"--lr {options.lr}: it must be above 0")
     if options.save_interval is not None and options.save is None:

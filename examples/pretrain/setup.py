@@ -53,7 +53,7 @@ def join(launch: Launch, options: argparse.Namespace) -> torch.device:
     if not on_gpu:
         megatron.enable_cpu()
     # Changes nothing for layers of the other types.
-    megatron.install(backend=options.backend)
+    megatron.install(backend=options.backend, fp8=options.moe_ep_fp8 or "follow")
 
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed

@@ -126,6 +126,7 @@ class Trainer:
             "ranks": launch.num_ranks,
             "expert_parallel": options.expert_parallel,
             "dtype": options.dtype,
+            "fp8": options.moe_ep_fp8,
             "steps": self.step,
         }
 

@@ -17,19 +17,17 @@ from .options import BufferOptions
 
 OptionsT = TypeVar("OptionsT", bound=BufferOptions)
 
-_Key = tuple[dist.ProcessGroup | None, int, int, int, torch.dtype, str | None]
-
 
 class Session(Generic[OptionsT]):
     """Options and buffers of one :func:`install`.
 
-    Layers that agree on group, experts, top-k, hidden size and dtype share a buffer: MoE layers run one
-    after the other, so one heap serves a whole model.
+    Layers that agree on group, experts, top-k, hidden size, dtype and what FP8 experts need share a buffer: MoE
+    layers run one after the other, so one heap serves a whole model.
     """
 
     def __init__(self, options: OptionsT) -> None:
         self.options = options
-        self._dispatchers: dict[_Key, TokenDispatcher] = {}
+        self._dispatchers: dict[tuple[Any, ...], TokenDispatcher] = {}
         self._buffers: list[EpBuffer] = []
 
     def configure(self, **changes: Any) -> None:
@@ -66,6 +64,8 @@ class Session(Generic[OptionsT]):
         dtype: torch.dtype,
         num_tokens: int,
         device: str | None = None,
+        expert_alignment: int = 1,
+        power_of_two_scales: bool | None = None,
     ) -> TokenDispatcher:
         """The dispatcher for layers of this shape; the first call with a shape is collective over ``group``.
 
@@ -77,13 +77,26 @@ class Session(Generic[OptionsT]):
             dtype: Widest dtype of rows.
             num_tokens: Tokens of this rank, from which the heap is sized unless an option says it.
             device: Type of the device that rows are on; None: CUDA if there is one.
+            expert_alignment: Rows of each local expert are padded to a multiple of this.
+            power_of_two_scales: Of rows on the FP8 wire; None: as the option says.
 
         Raises:
             ConfigError: This rank has more tokens than the buffer takes; nothing was sent.
         """
-        key = (group, num_experts, num_topk, hidden, dtype, device)
+        if power_of_two_scales is None:
+            power_of_two_scales = self.options.power_of_two_scales
+        shape = {
+            "num_experts": num_experts,
+            "num_topk": num_topk,
+            "hidden": hidden,
+            "dtype": dtype,
+            "device": device,
+            "expert_alignment": expert_alignment,
+            "power_of_two_scales": power_of_two_scales,
+        }
+        key = (group, *shape.values())
         if key not in self._dispatchers:
-            self._dispatchers[key] = self._make(key, num_tokens)
+            self._dispatchers[key] = self._make(group, num_tokens, shape)
         dispatcher = self._dispatchers[key]
         limit = dispatcher.buffer.config.max_tokens_per_rank
         if num_tokens > limit:
@@ -96,8 +109,7 @@ class Session(Generic[OptionsT]):
             )
         return dispatcher
 
-    def _make(self, key: _Key, num_tokens: int) -> TokenDispatcher:
-        group, num_experts, num_topk, hidden, dtype, device = key
+    def _make(self, group: dist.ProcessGroup | None, num_tokens: int, shape: dict[str, Any]) -> TokenDispatcher:
         limit = self.options.max_tokens_per_rank
         if limit is None:
             _, num_ranks = group_rank_and_size(group)
@@ -106,36 +118,27 @@ class Session(Generic[OptionsT]):
             most = max(int(message["num_tokens"]) for message in counts)
             # Micro-batches and evaluation batches differ in length; twice the first covers the usual spread.
             limit = 1 << max(2 * most - 1, 1).bit_length()
-        buffer = self.open_buffer(
-            group,
-            num_experts=num_experts,
-            num_topk=num_topk,
-            hidden=hidden,
-            dtype=dtype,
-            max_tokens_per_rank=limit,
-            device=device,
-        )
-        return TokenDispatcher(buffer)
+        return TokenDispatcher(self.open_buffer(group, max_tokens_per_rank=limit, **shape))
 
     def open_buffer(self, group: dist.ProcessGroup | None, **shape: Any) -> EpBuffer:
         """A buffer of its own with the session's options; collective over ``group``.
 
         Args:
             group: Ranks that share the experts.
-            shape: The fields of :class:`EpConfig` that options don't set.
+            shape: The fields of :class:`EpConfig` that options don't set, and ``power_of_two_scales`` where it is not
+                the option's.
         """
         options = self.options
         config = EpConfig(
             backend=options.backend,
             wire=options.wire,
-            power_of_two_scales=options.power_of_two_scales,
             expand=options.expand,
             host_threads=options.host_threads,
             num_sms=options.num_sms,
             pool_bytes=options.pool_bytes,
             shm_dir=options.shm_dir,
             timeout_s=options.timeout_s,
-            **shape,
+            **{"power_of_two_scales": options.power_of_two_scales, **shape},
         )
         buffer = EpBuffer(group, config)
         self._buffers.append(buffer)

@@ -102,7 +102,7 @@ class Case:
         torch.manual_seed(7 + self.rank)
         recipe = Fp8Recipe(gradients="fp8")
         layer = Fp8GroupedLinear(options.local_experts, options.hidden, outputs, recipe=recipe, device=self.device)
-        layer.is_first_microbatch = True
+        layer.weights_changed = True
         return layer
 
     def te_layer(self, ours: Fp8GroupedLinear) -> Callable[[torch.Tensor, list[int]], torch.Tensor]:

@@ -103,6 +103,20 @@ def test_resumed_run_has_the_same_bits(finished: FinishedRun, text: Path, tmp_pa
             assert torch.equal(mine, theirs)
 
 
+def test_trains_with_fp8_experts(finished: FinishedRun, text: Path, tmp_path: Path) -> None:
+    arguments = [*TINY, "--data", text, "--steps", "8", "--moe-ep-fp8", "experts", "--out", tmp_path]
+    done = run(torchrun_command(2, PROGRAM, *arguments))
+    assert done.returncode == 0, done.stderr
+    numbers = result(done.stdout)
+    assert numbers["fp8"] == "experts" and numbers["steps"] == 8
+    plain = [r["loss"] for r in records(finished.out) if "loss" in r]
+    losses = [r["loss"] for r in records(tmp_path) if "loss" in r]
+    # The same weights and data: what differs is rounding in the experts.
+    assert 0 < abs(losses[0] - plain[0]) < 0.01 * plain[0]
+    assert losses[-1] < losses[0]
+    assert all(abs(one / other - 1) < 0.02 for one, other in zip(losses, plain, strict=True))
+
+
 def descendants(pid: int) -> list[int]:
     """Processes below this one."""
     children: dict[int, list[int]] = {}
@@ -159,6 +173,7 @@ def test_ctrl_c_saves_and_leaves_nothing_behind(text: Path, tmp_path: Path, host
         (1, ["--hidden-size", "100"], "--hidden-size 100: it must be a multiple of 32"),
         (1, ["--steps", "0"], "argument --steps: 0 is below 1"),
         (1, ["--moe-token-dispatcher", "none"], "invalid choice: 'none'"),
+        (1, ["--moe-ep-fp8", "experts", "--moe-token-dispatcher", "alltoall"], "alltoall sends no FP8 rows"),
         (1, ["--data", "no-such-place"], "--data no-such-place: there is no such file or directory"),
         (1, ["--data", "{empty}"], "no text in {empty}"),
         (1, ["--data", "{short}"], "the training files hold 9 bytes, 129 are needed"),

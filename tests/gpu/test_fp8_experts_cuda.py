@@ -227,14 +227,14 @@ def keeps_weights() -> None:
     rows = quantize_rows(randn(5, sum(COUNTS), H).requires_grad_(), power_of_two=True)
     before = experts(rows, COUNTS).detach()
     for layer in (experts.linear_fc1, experts.linear_fc2):
-        layer.is_first_microbatch = True
+        layer.weights_changed = True
     assert torch.equal(experts(rows, COUNTS), before)
     with torch.no_grad():
         for weight in experts.parameters():
             weight.mul_(2)
     assert torch.equal(experts(rows, COUNTS), before)
     for layer in (experts.linear_fc1, experts.linear_fc2):
-        layer.is_first_microbatch = True
+        layer.weights_changed = True
     assert not torch.equal(experts(rows, COUNTS), before)
 
 

@@ -98,6 +98,44 @@ def test_mixes_with_ordinary_operations(ranks, layout):
     assert ranks(3).run(exactness.between_other_operations, replace(DENSE, layout=layout), PLACE) == [6] * 3
 
 
+def gathered_and_not(seed: int) -> int:
+    """The same dispatches with scales gathered by expert and with scales sent with their rows; returns how many."""
+    pick = torch.Generator().manual_seed(seed)
+    experts, topk = 16, 4
+    config = misuse.config_of(
+        PLACE, num_experts=experts, num_topk=topk, hidden=1408, wire="fp8", low_latency_tokens_per_rank=96, num_sms=4
+    )
+    mistakes, compared = Mistakes(), 0
+    with EpBuffer(None, config) as buffer:
+        own = torch.Generator().manual_seed(seed * 100 + buffer.rank)
+        for tokens, spread in ((16, 16), (40, 16), (96, 16), (96, 3), (1, 16), (24, 5), (0, 16)):
+            tokens = tokens if buffer.rank != 1 else int(torch.randint(0, tokens + 1, (), generator=pick))
+            x = torch.randn(tokens, 1408, generator=own).to(DEVICE, torch.bfloat16)
+            scores = torch.rand(tokens, experts, generator=own)
+            scores[:, spread:] -= 1.0  # The others get few rows or none.
+            idx = scores.topk(topk, dim=1).indices
+            idx[torch.rand(idx.shape, generator=own) < 0.1] = -1
+            outs = []
+            for gather in (1, -1):
+                buffer._backend.communicator.tune(gather_scales=gather)  # type: ignore[attr-defined]
+                outs.append(buffer.low_latency_dispatch(x, idx.to(DEVICE), async_op=False).wait())
+            one, other = outs
+            mistakes.compare(one.tokens_per_expert, other.tokens_per_expert)
+            for local, count in enumerate(one.tokens_per_expert.tolist()):
+                mistakes.compare(bits(one.x[local, :count]), bits(other.x[local, :count]))
+                mistakes.compare(bits(one.scale[local, :count]), bits(other.scale[local, :count]))
+            compared += 1
+            del outs, one, other
+    assert mistakes.none()
+    return compared
+
+
+@needs_cuda
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_gathered_scales_are_the_same(ranks, num_ranks):
+    assert [ranks(num_ranks).run(gathered_and_not, seed) for seed in range(3)] == [[7] * num_ranks] * 3
+
+
 # Called wrongly
 
 WRONG_CALLS: list[tuple[Callable[[Place], None], int]] = [

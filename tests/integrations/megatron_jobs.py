@@ -12,7 +12,11 @@ import gc
 import json
 import os
 import sys
+import tempfile
+import types
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 warnings.filterwarnings("ignore")
@@ -23,16 +27,20 @@ torch.set_num_threads(1)
 from moe_ep_plugin.integrations.megatron import enable_cpu, install  # noqa: E402
 
 enable_cpu()
-from megatron.core import parallel_state  # noqa: E402
+from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from megatron.core import utils as megatron_utils  # noqa: E402
+from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import apply_factories  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer.moe import moe_layer  # noqa: E402
+from megatron.core.transformer.moe.experts import TEGroupedMLP  # noqa: E402
 from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from moe_ep_plugin.config import MAX_TOPK  # noqa: E402
-from moe_ep_plugin.errors import ConfigError, StateError  # noqa: E402
+from moe_ep_plugin.errors import ConfigError  # noqa: E402
 from moe_ep_plugin.fp8_experts import Fp8Recipe  # noqa: E402
 from tests.integrations.worlds import world  # noqa: E402
 
@@ -451,11 +459,6 @@ def fp8_experts_job() -> dict[str, Any]:
         return ""
 
     model = converted()
-    try:
-        model.sharded_state_dict()
-        sharded = ""
-    except StateError as error:
-        sharded = str(error)
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return {
         "losses": train_model(model, 50),
@@ -467,8 +470,244 @@ def fp8_experts_job() -> dict[str, Any]:
             "activation_func": refusal("deepep", activation_func=torch.nn.functional.gelu),
             "recipe.delay_weight_grad": refusal("deepep", Fp8Recipe(delay_weight_grad=True)),
         },
-        "sharded": sharded,
     }
+
+
+def groups_of_layer() -> Any:
+    """The process groups that MoELayer takes where it is given none."""
+    old = hasattr(moe_layer, "get_default_model_comm_pgs")
+    return moe_layer.get_default_model_comm_pgs() if old else moe_layer.get_default_pg_collection()
+
+
+class GroupedLinear(torch.nn.Module):
+    """What is used of TransformerEngine's layer as Megatron extends it: parameters, their attributes, no FP8 state."""
+
+    def __init__(self, num_gemms: int, input_size: int, output_size: int, **_: Any) -> None:
+        super().__init__()
+        for index in range(num_gemms):
+            weight = torch.nn.Parameter(torch.randn(output_size, input_size) * 0.1)
+            weight.allreduce = False
+            self.register_parameter(f"weight{index}", weight)
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None: ...
+
+
+def te_experts_job() -> dict[str, Any]:
+    """Megatron's own TEGroupedMLP, on stand-ins for TransformerEngine's layers, before and after its conversion."""
+    from moe_ep_plugin.integrations.megatron.fp8_experts import use_fp8_experts
+
+    seed()
+    layer = make_layer(make_config("deepep"))
+    submodules = types.SimpleNamespace(linear_fc1=GroupedLinear, linear_fc2=GroupedLinear, activation_func=None)
+    layer.experts = TEGroupedMLP(layer.num_local_experts, layer.config, submodules, groups_of_layer())
+    before = dict(layer.experts.named_parameters())
+    states = {name: state.clone() for name, state in layer.state_dict().items()}
+    changed = use_fp8_experts(layer)
+    after = dict(layer.experts.named_parameters())
+    x = rank_tokens().requires_grad_()
+    output, _ = layer(x)
+    output.sum().backward()
+    # The plain computation, with the gate values of the same router.
+    probs, _ = layer.router(x.detach())
+    every = [torch.empty_like(w) for w in before.values() for _ in range(dist.get_world_size())]
+    gathered = dict(zip(before, [every[i : i + 2] for i in range(0, len(every), 2)], strict=True))
+    for name, weight in before.items():
+        dist.all_gather(gathered[name], weight.detach())
+    local = layer.num_local_experts
+    dense = torch.zeros(SEQUENCE * BATCH, HIDDEN)
+    for expert in range(EXPERTS):
+        rank, index = divmod(expert, local)
+        gate, up = (x.detach().view(-1, HIDDEN) @ gathered[f"linear_fc1.weight{index}"][rank].t()).chunk(2, dim=1)
+        hidden = torch.nn.functional.silu(gate) * up * probs.view(-1, EXPERTS)[:, expert, None]
+        dense += hidden @ gathered[f"linear_fc2.weight{index}"][rank].t()
+    bad = TEGroupedMLP(layer.num_local_experts, layer.config, submodules, groups_of_layer())
+    bad.linear_fc2.register_parameter("bias0", torch.nn.Parameter(torch.zeros(HIDDEN)))
+    other = make_layer(make_config("deepep"))
+    other.experts = bad
+    try:
+        use_fp8_experts(other)
+        refused = ""
+    except ConfigError as error:
+        refused = str(error)
+    missing = layer.load_state_dict(states)
+    return {
+        "changed": changed,
+        "same": list(before) == list(after) and all(before[name] is after[name] for name in before),
+        "allreduce": [weight.allreduce for weight in after.values()],
+        "gradients": all(weight.grad is not None for weight in after.values()),
+        "output": ((output.detach().view(-1, HIDDEN) - dense).norm() / dense.norm()).item(),
+        "refused": refused,
+        "loaded": [list(missing.missing_keys), list(missing.unexpected_keys)],
+    }
+
+
+def fp8_alignment_job() -> dict[str, Any]:
+    """One layer with rows of each expert padded to 16, against unpadded ones."""
+    from moe_ep_plugin.integrations.megatron.fp8_experts import use_fp8_experts
+
+    def run(alignment: int | None) -> dict[str, torch.Tensor]:
+        seed()
+        layer = make_layer(make_config("deepep"))
+        use_fp8_experts(layer, Fp8Recipe(gradients="fp8"), expert_alignment=alignment)
+        x = rank_tokens().requires_grad_()
+        output, _ = layer(x)
+        counts = layer.token_dispatcher._comm_manager.get_number_of_tokens_per_expert()
+        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+        grads = {f"grad.{name}": p.grad for name, p in layer.named_parameters() if p.grad is not None}
+        return {"output": output.detach(), "x.grad": x.grad, "seen.counts": counts, **grads}
+
+    plain, padded = run(None), run(16)
+    return compare(plain, padded) | {"plain_counts": plain["seen.counts"].tolist()}
+
+
+@contextmanager
+def te_installed() -> Iterator[None]:
+    """What Megatron's validation looks at: a TransformerEngine of some version. Its layers are not there."""
+    before = megatron_utils._te_version
+    stand_in = types.ModuleType("transformer_engine")
+    stand_in.__version__ = "2.9.0"
+    sys.modules["transformer_engine"], megatron_utils._te_version = stand_in, None
+    try:
+        yield
+    finally:
+        del sys.modules["transformer_engine"]
+        megatron_utils._te_version = before
+
+
+def fp8_flags_job() -> dict[str, Any]:
+    """Which experts layers are built with, by Megatron's FP8 settings and our options; leaves the session as it was."""
+    block = {"fp8": "hybrid", "fp8_recipe": "blockwise"}
+
+    def build(dispatcher: str = "deepep", **changes: Any) -> Any:
+        try:
+            with te_installed():
+                return make_model(dispatcher, **changes)
+        except ConfigError as error:
+            return str(error)
+
+    def kinds(*args: Any, **changes: Any) -> list[str]:
+        return [type(m.experts).__name__ for m in build(*args, **changes).modules() if isinstance(m, MoELayer)]
+
+    install().close()
+    found: dict[str, Any] = {"wire_bf16": kinds(**block)}
+    install(wire="fp8")
+    found["no_fp8"] = kinds()
+    found["alltoall"] = kinds("alltoall", **block)
+    ends = {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 2}
+    found["first_last"] = kinds(num_layers=5, **block, **ends)
+    found["refused"] = {name: build(**block | {"fp8_recipe": name}) for name in ("delayed", "tensorwise", "mxfp8")}
+    model = build(**block)
+    found["follow"] = [type(m.experts).__name__ for m in model.modules() if isinstance(m, MoELayer)]
+    (recipe,) = {m.experts.recipe for m in model.modules() if isinstance(m, MoELayer)}
+    found["recipe"] = [recipe.gradients, recipe.power_of_two_scales, recipe.weight_block]
+    found["losses"] = train_model(model, 10)
+    found["wire"] = [[b.config.power_of_two_scales, b.config.expert_alignment] for b in install().buffers]
+    try:
+        make_config("deepep", **block)
+    except ConfigError as error:
+        found["without_te"] = str(error)
+    install().close()
+    install(wire="bf16", fp8="experts")
+    found["experts"] = kinds()
+    found["experts_alltoall"] = kinds("alltoall")
+    found["experts_losses"] = train_model(make_model("deepep"), 10)
+    found["experts_refused"] = build(gated_linear_unit=False)
+    install().close()
+    install(fp8="follow")
+    return found
+
+
+def checkpoint_entries(model: GPTModel, metadata: dict[str, Any] | None) -> list[str]:
+    """All that a distributed checkpoint would know of the experts, apart from the values."""
+    states = model.sharded_state_dict(metadata=dict(metadata) if metadata else None)
+    apply_factories(states)
+    names = ("key", "global_shape", "global_offset", "local_shape", "axis_fragmentations", "replica_id")
+    return sorted(
+        str([type(entry).__name__, *(getattr(entry, name, None) for name in names)])
+        for entry in nested_values(states)
+        if ".experts." in entry.key
+    )
+
+
+def experts_by_name(model: GPTModel) -> dict[str, torch.Tensor]:
+    """Local experts' weights under the names that they have in a SequentialMLP."""
+    found = {}
+    for number, layer in enumerate(m for m in model.modules() if isinstance(m, MoELayer)):
+        for name, weight in layer.experts.named_parameters():
+            part, _, index = name.partition(".weight")
+            found[f"{number}.{name}" if not index else f"{number}.local_experts.{index}.{part}.weight"] = (
+                weight.detach()
+            )
+    return found
+
+
+def checkpoint_job() -> dict[str, Any]:
+    """Distributed checkpoints between Megatron's experts and ours, in both directions and to another EP size."""
+    from moe_ep_plugin.integrations.megatron.fp8_experts import use_fp8_experts
+
+    def model(fp8: bool, add: float = 0.0) -> GPTModel:
+        made = make_model("deepep")
+        if fp8:
+            assert use_fp8_experts(made) == 2
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.add_(add)
+        return made
+
+    def shared_folder() -> tempfile.TemporaryDirectory[str] | None:
+        return tempfile.TemporaryDirectory() if dist.get_rank() == 0 else None
+
+    def path_of(folder: Any) -> str:
+        path = [folder.name if folder else ""]
+        dist.broadcast_object_list(path)
+        return str(path[0])
+
+    def load(into: GPTModel, path: str, metadata: dict[str, Any] | None) -> bool:
+        before = experts_by_name(into)
+        before = {name: weight.clone() for name, weight in before.items()}
+        states = dist_checkpointing.load(into.sharded_state_dict(metadata=dict(metadata) if metadata else None), path)
+        into.load_state_dict(states)
+        changed = experts_by_name(into)
+        return all(not torch.equal(before[name], changed[name]) for name in before)
+
+    found: dict[str, Any] = {}
+    for name, metadata in (("whole", None), ("singleton", {"singleton_local_shards": True})):
+        parallel(ep=2)
+        found[name] = {"entries": [checkpoint_entries(model(fp8), metadata) for fp8 in (False, True)]}
+        for direction, fp8 in (("to_fp8", False), ("from_fp8", True)):
+            parallel(ep=2)
+            source, folder = model(fp8), shared_folder()
+            path = path_of(folder)
+            states = source.sharded_state_dict(metadata=dict(metadata) if metadata else None)
+            dist_checkpointing.save(states, path)
+            dist.barrier()
+            target = model(not fp8, add=1.0)
+            changed = load(target, path, metadata)
+            one, other = experts_by_name(source), experts_by_name(target)
+            equal = one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+            found[name][direction] = [changed, equal]
+            if name == "whole":
+                every = {key: [torch.empty_like(w) for _ in range(2)] for key, w in one.items()}
+                for key, weight in one.items():
+                    dist.all_gather(every[key], weight.contiguous())
+                parallel(ep=1)
+                target = model(not fp8, add=1.0)
+                found["entries_ep1"] = [checkpoint_entries(model(kind), None) for kind in (False, True)]
+                changed = load(target, path, metadata)
+                local = EXPERTS // 2
+                equal = all(
+                    torch.equal(weight, every[f"{layer}.local_experts.{index % local}.{rest}"][index // local])
+                    for key, weight in experts_by_name(target).items()
+                    for layer, _, number, rest in [key.split(".", 3)]
+                    for index in [int(number)]
+                )
+                found[name][f"{direction}_ep1"] = [changed, equal]
+            dist.barrier()
+    parallel(ep=2)
+    return found
 
 
 def lease_job() -> dict[str, Any]:
@@ -507,6 +746,10 @@ def world2() -> dict[str, Any]:
     out["evaluation"] = {name: evaluation_job(name) for name in DISPATCHERS}
     out["fp8"] = fp8_job()
     out["fp8_experts"] = fp8_experts_job()
+    out["te_experts"] = te_experts_job()
+    out["fp8_alignment"] = fp8_alignment_job()
+    out["fp8_flags"] = fp8_flags_job()
+    out["checkpoint"] = checkpoint_job()
     out["lease"] = lease_job()
     out["layers"] = layers_job()
     out["dense"] = dense_job()

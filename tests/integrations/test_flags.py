@@ -75,6 +75,7 @@ def test_options_are_taken_out_and_typed() -> None:
     rest, options = rewrite_argv(
         ["--moe-ep-backend", "collective", "--moe-token-dispatcher", "deepep", "--moe-ep-timeout=7.5", "--seed", "1"]
         + ["--moe-ep-max-tokens-per-rank", "64", "--moe-ep-power-of-two-scales", "--moe-ep-wire", "fp8"]
+        + ["--moe-ep-fp8=experts"]
     )
     assert rest == ["--seed", "1", *FLEX]
     assert options == {
@@ -83,12 +84,22 @@ def test_options_are_taken_out_and_typed() -> None:
         "max_tokens_per_rank": 64,
         "power_of_two_scales": True,
         "wire": "fp8",
+        "fp8": "experts",
         "take_flex": True,
     }
-    assert Options(**options).wire == "fp8"
+    assert Options(**options).wire == "fp8" and Options(**options).fp8 == "experts"
 
 
-@pytest.mark.parametrize("argv", [["--moe-token-dispatcher", "x"], ["--moe-ep-nothing", "1"], ["--moe-ep-backend"]])
+def test_fp8_is_follow_or_experts() -> None:
+    assert Options().fp8 == "follow"
+    with pytest.raises(ConfigError, match="fp8 is 'blockwise'"):
+        Session(Options()).configure(fp8="blockwise")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--moe-token-dispatcher", "x"], ["--moe-ep-nothing", "1"], ["--moe-ep-backend"], ["--moe-ep-fp8", "blockwise"]],
+)
 def test_wrong_flags_end_the_program(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         rewrite_argv(argv)
@@ -149,11 +160,12 @@ from moe_ep_plugin.integrations.megatron import current_session, enable_cpu, ins
 enable_cpu(); enable_cpu()
 from megatron.core.transformer.moe import moe_layer
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-before = moe_layer.MoEFlexTokenDispatcher, TransformerConfig.__post_init__
+before = moe_layer.MoEFlexTokenDispatcher, TransformerConfig.__post_init__, moe_layer.MoELayer.set_layer_number
 assert current_session() is None and statistics() == {}
 session = install(timeout_s=9.0)
 assert install() is session and install(timeout_s=9.0) is session and current_session() is session
-once = moe_layer.MoEFlexTokenDispatcher, TransformerConfig.__post_init__
+once = moe_layer.MoEFlexTokenDispatcher, TransformerConfig.__post_init__, moe_layer.MoELayer.set_layer_number
+assert all(a is not b for a, b in zip(before, once))
 make = dict(num_layers=1, hidden_size=16, num_attention_heads=2, num_moe_experts=4, moe_ffn_hidden_size=8,
             add_bias_linear=False)
 ours = lambda c: c.moe_token_dispatcher_type == "flex" and type(c.moe_token_dispatcher_type) is not str
@@ -175,9 +187,11 @@ except ValueError: pass
 else: raise AssertionError("upstream's validation is gone")
 install(take_flex=True)
 assert ours(TransformerConfig(moe_token_dispatcher_type="flex", **make))
-assert once == (moe_layer.MoEFlexTokenDispatcher, TransformerConfig.__post_init__)
+assert once == (
+    moe_layer.MoEFlexTokenDispatcher, TransformerConfig.__post_init__, moe_layer.MoELayer.set_layer_number)
 uninstall(); uninstall()
-assert before == (moe_layer.MoEFlexTokenDispatcher, TransformerConfig.__post_init__)
+assert before == (
+    moe_layer.MoEFlexTokenDispatcher, TransformerConfig.__post_init__, moe_layer.MoELayer.set_layer_number)
 print("DONE")
 """
 

@@ -18,6 +18,9 @@ from ..session import Session
 from .options import Options
 from .routing import topk_routing
 
+FP8_ALIGNMENT = 16
+"""Rows of an expert that FP8 matrix products on GPUs want a multiple of."""
+
 
 class CommManager:
     """What travels between the steps of one forward, under the names that Megatron's schedules use.
@@ -33,6 +36,8 @@ class CommManager:
         token_owner: int64 [num_rows] token of a row where tokens were split, or None.
         dispatched_probs: [num_received] gate values of the received rows.
         fp8: Whether the experts take FP8 rows.
+        expert_alignment: Rows of an expert are padded to a multiple of this where they do. None: what the device wants.
+        power_of_two_scales: Of the FP8 rows; None: as the session's option says.
         fp8_rows: The received rows until the experts take them, where they do.
     """
 
@@ -50,6 +55,8 @@ class CommManager:
         self.dispatched_probs: torch.Tensor | None = None
         self.tokens_per_expert: torch.Tensor | None = None
         self.fp8 = False
+        self.expert_alignment: int | None = None
+        self.power_of_two_scales: bool | None = None
         self.fp8_rows: Fp8Rows | None = None
         self.num_tokens = 0
         self.handle: DispatchHandle | None = None
@@ -60,6 +67,9 @@ class CommManager:
         assert self.token_indices is not None and self.token_probs is not None
         self.num_tokens = tokens.shape[0]
         rows = tokens if self.token_owner is None else tokens.index_select(0, self.token_owner)
+        alignment = 1
+        if self.fp8:
+            alignment = self.expert_alignment or (FP8_ALIGNMENT if rows.is_cuda else 1)
         self._dispatcher = self.session.dispatcher(
             self.group,
             num_experts=self.num_experts,
@@ -67,6 +77,8 @@ class CommManager:
             hidden=rows.shape[1],
             dtype=max(rows.dtype, self.params_dtype, key=lambda dtype: dtype.itemsize),
             num_tokens=rows.shape[0],
+            expert_alignment=alignment,
+            power_of_two_scales=self.power_of_two_scales,
         )
         # Gate values cross in fp32 and reach the experts in the router's own dtype.
         dispatch = self._dispatcher.dispatch_fp8 if self.fp8 else self._dispatcher.dispatch
@@ -148,9 +160,17 @@ class DeepepTokenDispatcher(MoETokenDispatcher):
         )
         self.cudagraph_attrs = ["_comm_manager.token_probs", "_comm_manager.token_indices"]
 
-    def keep_fp8(self) -> None:
-        """Hand the experts :class:`Fp8Rows` from now on. A stand-in of NaN takes their place between the two steps."""
-        self._comm_manager.fp8 = True
+    def keep_fp8(self, *, power_of_two_scales: bool | None = None, expert_alignment: int | None = None) -> None:
+        """Hand the experts :class:`Fp8Rows` from now on. A stand-in of NaN takes their place between the two steps.
+
+        Args:
+            power_of_two_scales: Of the rows. None: as the session's option says.
+            expert_alignment: Rows of each expert are padded to a multiple of this, with rows of zeros, and
+                ``tokens_per_expert`` counts those. None: 16 on GPUs, 1 on CPUs.
+        """
+        manager = self._comm_manager
+        manager.fp8, manager.power_of_two_scales = True, power_of_two_scales
+        manager.expert_alignment = expert_alignment
 
     def set_shared_experts(self, shared_experts: Any) -> None:
         """Run ``shared_experts`` beside dispatch and combine."""

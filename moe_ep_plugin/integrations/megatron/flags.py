@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from ...types import BackendName, Expand, Wire
 from .install import install
-from .options import Options
+from .options import Fp8Experts, Options
 
 DISPATCHERS = ("deepep", "alltoall", "allgather", "flex")
 _SELECTORS = ("--moe-token-dispatcher", "--moe-token-dispatcher-type")
@@ -29,6 +29,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "shm_dir": {"type": str},
     "max_tokens_per_rank": {"type": int},
     "power_of_two_scales": {"nargs": 0},
+    "fp8": {"choices": get_args(Fp8Experts)},
 }
 
 

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ...errors import BackendUnavailable
+from ...errors import BackendUnavailable, ConfigError
 from ..patching import Installation
 from ..session import Session
 from .options import Options
-from .upstream import define_missing_names, import_megatron
+from .upstream import define_missing_names, has_transformer_engine, import_megatron
 
 OLDEST = (0, 14)
 NEWEST = (0, 19)
@@ -82,6 +82,7 @@ def install(**options: Any) -> Session[Options]:
     with installation.whole():
         _accept_type(installation)
         _keep_expert_inputs(installation)
+        _convert_experts(installation, moe_layer.MoELayer)
         installation.upstream = installation.put(moe_layer, "MoEFlexTokenDispatcher", installation)
     return session
 
@@ -141,6 +142,14 @@ def _accept_type(installation: MegatronInstallation) -> None:
         if not (wanted == _OURS or isinstance(wanted, DispatcherType) or (take_flex and wanted == "flex")):
             validate(config)
             return
+        if getattr(config, "fp8", None) and not has_transformer_engine():
+            raise ConfigError.of(
+                "fp8",
+                repr(config.fp8),
+                "Megatron-Core computes in FP8 with TransformerEngine, which is not installed",
+                "install transformer-engine, or leave fp8 (--fp8-format) out and let the experts alone compute in FP8: "
+                "--moe-ep-fp8 experts, install(fp8='experts')",
+            )
         # Megatron refuses for flex what its own flex back ends lack and we have (padding to capacity, shared
         # expert overlap), and permits for alltoall what we serve.
         config.moe_token_dispatcher_type = "alltoall"
@@ -154,6 +163,23 @@ def _accept_type(installation: MegatronInstallation) -> None:
         config.moe_enable_deepep = not by_name
 
     installation.put(config_class, "__post_init__", post_init)
+
+
+def _convert_experts(installation: MegatronInstallation, layer_class: Any) -> None:
+    """Let new layers have FP8 experts where options and configs say so.
+
+    A layer is given its number when it has been built, and which layers stay in bf16 goes by number.
+    """
+    number = layer_class.set_layer_number
+
+    @functools.wraps(number)
+    def set_layer_number(layer: Any, layer_number: int) -> None:
+        number(layer, layer_number)
+        from .fp8_experts import convert_new_layer
+
+        convert_new_layer(layer, installation.session.options)
+
+    installation.put(layer_class, "set_layer_number", set_layer_number)
 
 
 def _keep_expert_inputs(installation: MegatronInstallation) -> None:

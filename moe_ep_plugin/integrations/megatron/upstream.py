@@ -1,4 +1,4 @@
-"""Importing Megatron-Core with errors that say what to do, and a name that it forgets to define."""
+"""Importing Megatron-Core with errors that say what to do, a name that it forgets to define, and TransformerEngine."""
 
 from __future__ import annotations
 
@@ -28,3 +28,12 @@ def define_missing_names() -> None:
     moe_utils = import_megatron("megatron.core.transformer.moe.moe_utils")
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def has_transformer_engine() -> bool:
+    """Whether TransformerEngine can be imported, as Megatron-Core itself finds out."""
+    try:
+        importlib.import_module("transformer_engine")
+    except (ImportError, OSError):
+        return False
+    return True
