@@ -82,7 +82,7 @@ bench-deepspeed: $(READY)  ## DeepSpeed's MoE layer on our dispatch against its 
 
 bench-gpu: RANKS = 8
 bench-gpu: BENCH ?= throughput
-bench-gpu: $(READY)  ## CUDA backend against the alternatives, 8 ranks unless RANKS is given; BENCH=low_latency for decoding
+bench-gpu: $(READY)  ## CUDA backend against the alternatives, 8 ranks unless RANKS is given; BENCH=low_latency or fp8
 	$(SHARE_GPU) --ranks $(RANKS) -- tests/bench/bench_$(BENCH).py $(ARGS)
 
 bench-nvlink: $(READY)  ## All that takes several GPUs: links, correctness, figures beside NCCL, the example

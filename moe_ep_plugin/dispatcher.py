@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from .buffer import EpBuffer
+from .errors import ConfigError
 from .handle import DispatchHandle
-from .types import DispatchOutput, Layout
+from .types import DispatchOutput, Layout, Wire
 from .wire import dequantize_blocks
 
 
@@ -67,26 +68,31 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, topk_weights: torch.Tensor | None, buffer: EpBuffer, handle: DispatchHandle
+        ctx: Any,
+        rows: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        buffer: EpBuffer,
+        handle: DispatchHandle,
+        grad_wire: Wire,
     ) -> torch.Tensor:
-        ctx.buffer, ctx.handle = buffer, handle
+        ctx.buffer, ctx.handle, ctx.grad_wire = buffer, handle, grad_wire
         ctx.save_for_backward(*(() if topk_weights is None else (rows, topk_weights)))
         return buffer.combine(rows, handle, topk_weights=topk_weights)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
-        # Gradients cross unquantised whatever the forward wire is.
-        grad_rows = ctx.buffer.dispatch(grad, handle=ctx.handle, wire="bf16").x
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None]:
+        out = ctx.buffer.dispatch(grad, handle=ctx.handle, wire=ctx.grad_wire)
+        grad_rows = out.x if out.scale is None else dequantize_blocks(out.x, out.scale, grad.dtype)
         # Read once: under activation checkpointing every read would recompute.
         saved = ctx.saved_tensors
         if not saved:
-            return grad_rows, None, None, None
+            return grad_rows, None, None, None, None
         rows, weights = saved
         grad_weights = None
         if ctx.needs_input_grad[1]:
             grad_weights = torch.linalg.vecdot(rows.float(), grad_rows.float())
-        return (grad_rows.float() * weights[:, None]).to(rows.dtype), grad_weights, None, None
+        return (grad_rows.float() * weights[:, None]).to(rows.dtype), grad_weights, None, None, None
 
 
 class TokenDispatcher:
@@ -98,10 +104,21 @@ class TokenDispatcher:
 
     Args:
         buffer: The buffer to use; not owned, close it yourself.
+        grad_wire: How gradients of a combine's output cross to the experts, whatever the wire of the forward is:
+            ``"bf16"``, unquantised, or ``"fp8"``, e4m3 with a scale per 128 elements, dequantised where they arrive.
+            Gradients that come back are sums, and cross unquantised.
+
+    Raises:
+        ConfigError: ``grad_wire`` is another word.
     """
 
-    def __init__(self, buffer: EpBuffer) -> None:
+    def __init__(self, buffer: EpBuffer, *, grad_wire: Wire = "bf16") -> None:
+        if grad_wire not in get_args(Wire):
+            raise ConfigError.of(
+                "grad_wire", repr(grad_wire), f"it must be one of {get_args(Wire)}", "choose one of these"
+            )
         self.buffer = buffer
+        self.grad_wire = grad_wire
 
     def dispatch(
         self,
@@ -150,7 +167,7 @@ class TokenDispatcher:
         self, rows: torch.Tensor, handle: DispatchHandle, *, topk_weights: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Differentiable :meth:`EpBuffer.combine`; gradients reach ``rows`` and ``topk_weights``."""
-        out: torch.Tensor = _Combine.apply(rows, topk_weights, self.buffer, handle)  # type: ignore[no-untyped-call]
+        out: torch.Tensor = _Combine.apply(rows, topk_weights, self.buffer, handle, self.grad_wire)  # type: ignore[no-untyped-call]
         return out
 
     def empty_rows(self, handle: DispatchHandle, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -26,6 +26,9 @@ from .errors import ConfigError
 from .types import FP8_BLOCK, DispatchOutput
 from .wire import FP8_DTYPE, block_scales, dequantize_blocks, num_scales, quantize_blocks, to_fp8
 
+MX_BLOCK = 32
+"""Elements of a row that share a scale in MXFP8."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Blocks:
@@ -147,6 +150,26 @@ class Fp8Rows(_Blocks):
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """[rows, hidden] of ``dtype``: multiplied in fp32, then rounded."""
         return dequantize_blocks(self.data, self.scale, dtype)
+
+    def mx_scale(self) -> torch.Tensor:
+        """Return the scales as MXFP8 has them, without a change of the data: e8m0, one for each 32 elements.
+
+        Returns:
+            uint8 [rows rounded up to 128, ceil(hidden / 32) rounded up to 4], contiguous: the exponent plus 127; 0, the
+            least there is, in padding and for scales of 0, whose data are zeros. TransformerEngine's order before it
+            swizzles scales for a GEMM.
+
+        Raises:
+            ConfigError: A scale is no power of two: set ``power_of_two_scales`` on the sender. Waits for the device.
+        """
+        remedy = "set EpConfig(power_of_two_scales=True) on every rank"
+        _check(self.has_power_of_two_scales(), "scale", "not all powers of two", "MXFP8 keeps exponents alone", remedy)
+        rows, hidden = self.data.shape
+        _, exponent = torch.frexp(self.scale)
+        codes = torch.where(self.scale > 0, exponent + 126, 0).to(torch.uint8)
+        codes = codes.repeat_interleave(FP8_BLOCK // MX_BLOCK, dim=1)[:, : -(-hidden // MX_BLOCK)]
+        padding = (0, -codes.shape[1] % 4, 0, -rows % 128)
+        return torch.nn.functional.pad(codes, padding).contiguous()
 
     def columns(self, *, power_of_two: bool = False) -> Fp8Cols:
         """Quantise again, in blocks of 128 rows: the input of a weight gradient.

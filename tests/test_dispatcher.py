@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_ep_plugin import DispatchOutput, EpBuffer, EpConfig, TokenDispatcher
+from moe_ep_plugin import ConfigError, DispatchOutput, EpBuffer, EpConfig, TokenDispatcher
 from moe_ep_plugin.wire import dequantize_blocks, quantize_blocks
 
 from . import oracle
@@ -255,3 +255,34 @@ def leased_output(backend: str) -> None:
 
 def test_experts_may_write_into_leased_rows(ranks, backend):
     ranks(3).run(leased_output, backend)
+
+
+def fp8_gradients(backend: str, how: str) -> None:
+    """Gradients cross quantised: exactly what the wire makes of them, on any wire of the forward."""
+    for wire in ("bf16", "fp8"):
+        with EpBuffer(None, config_of(backend, wire=wire)) as buffer:
+            x, idx, weights = rank_inputs(4, buffer.rank, torch.float32)
+            grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(buffer.rank))
+            found = []
+            for grad_wire, value in (("fp8", grad), ("bf16", through_the_wire(grad))):
+                dispatcher = TokenDispatcher(buffer, grad_wire=grad_wire)
+                inputs = [t.detach().clone().requires_grad_() for t in (x, weights)]
+                run_layer(dispatcher, inputs[0], idx, inputs[1], how, None).backward(value)
+                found.append([t.grad for t in inputs])
+            for quantised, given in zip(*found, strict=True):
+                assert torch.equal(quantised, given)
+
+
+def through_the_wire(x: torch.Tensor) -> torch.Tensor:
+    """What arrives of rows that cross in FP8."""
+    return dequantize_blocks(*quantize_blocks(x), x.dtype)
+
+
+@HOW
+def test_gradients_may_cross_in_fp8(ranks, backend, how):
+    ranks(3).run(fp8_gradients, backend, how)
+
+
+def test_an_unknown_wire_of_gradients_is_refused():
+    with pytest.raises(ConfigError, match="grad_wire.*'fp16'"):
+        TokenDispatcher(None, grad_wire="fp16")

@@ -252,3 +252,25 @@ def data(*shape: int) -> torch.Tensor:
 def test_errors_name_argument_value_and_limit(make, words):
     with pytest.raises(ConfigError, match=words):
         make()
+
+
+@pytest.mark.parametrize(("num_rows", "hidden"), [(0, 128), (5, 264), (130, 128), (128, 1024)])
+def test_mx_scales_say_the_same(num_rows, hidden):
+    x = torch.randn(num_rows, hidden, generator=torch.Generator().manual_seed(2)) * torch.logspace(-8, 8, hidden)
+    rows = quantize_rows(x, power_of_two=True)
+    padded = Fp8Rows(rows.data, torch.where(torch.arange(num_rows)[:, None] == 3, 0.0, rows.scale))
+    for case in (rows, padded):
+        scale = case.mx_scale()
+        blocks = -(-hidden // 32)
+        assert scale.dtype == torch.uint8 and scale.is_contiguous()
+        assert scale.shape == (-(-num_rows // 128) * 128, -(-blocks // 4) * 4)
+        wide = torch.exp2(scale[:num_rows, :blocks].double() - 127).repeat_interleave(32, dim=1)[:, :hidden]
+        kept = (case.scale > 0).repeat_interleave(128, dim=1)[:, :hidden]
+        got = torch.where(kept, case.data.double() * wide, 0.0)
+        assert torch.equal(got.float(), case.dequantize(torch.float32))
+        assert not scale[num_rows:].any() and not scale[:, blocks:].any()
+
+
+def test_mx_scales_need_powers_of_two():
+    with pytest.raises(ConfigError, match="power_of_two_scales=True"):
+        quantize_rows(torch.randn(3, 128)).mx_scale()

@@ -14,6 +14,7 @@ class BufferOptions:
     Attributes:
         backend: How bytes move.
         wire: ``"fp8"`` quantises rows while they are sent and dequantises them for the experts.
+        grad_wire: The same for gradients on their way to the experts. Those that come back cross unquantised.
         power_of_two_scales: FP8 scales rounded up to powers of two.
         expand: How expert-major rows are made.
         host_threads: Copy threads a rank uses on the host backend.
@@ -29,6 +30,7 @@ class BufferOptions:
 
     backend: BackendName = field(default="auto", metadata={"help": "auto | host | cuda | collective"})
     wire: Wire = field(default="bf16", metadata={"help": "bf16 (unquantised) | fp8"})
+    grad_wire: Wire = field(default="bf16", metadata={"help": "of gradients to the experts: bf16 (unquantised) | fp8"})
     power_of_two_scales: bool = False
     expand: Expand = "auto"
     host_threads: int | None = field(default=None, metadata={"help": "copy threads per rank, host backend"})

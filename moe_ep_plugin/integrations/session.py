@@ -118,7 +118,8 @@ class Session(Generic[OptionsT]):
             most = max(int(message["num_tokens"]) for message in counts)
             # Micro-batches and evaluation batches differ in length; twice the first covers the usual spread.
             limit = 1 << max(2 * most - 1, 1).bit_length()
-        return TokenDispatcher(self.open_buffer(group, max_tokens_per_rank=limit, **shape))
+        buffer = self.open_buffer(group, max_tokens_per_rank=limit, **shape)
+        return TokenDispatcher(buffer, grad_wire=self.options.grad_wire)
 
     def open_buffer(self, group: dist.ProcessGroup | None, **shape: Any) -> EpBuffer:
         """A buffer of its own with the session's options; collective over ``group``.

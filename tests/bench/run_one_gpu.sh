@@ -28,6 +28,9 @@ LINES_SHOWN=50 part low_latency 240 "${share[@]}" --ranks 8 -- tests/bench/bench
   --json "$out/low_latency.json" --latency-plot "$out/low_latency.png"
 LINES_SHOWN=12 part overlap 90 "${share[@]}" --ranks 8 -- tests/bench/bench_low_latency.py \
   --overlap "$out/low_latency_trace.json" --json "$out/overlap.json"
+if "$python" -c 'import transformer_engine' 2>/dev/null; then
+  LINES_SHOWN=52 part fp8 120 "${share[@]}" --ranks 4 -- tests/bench/bench_fp8.py --json "$out/fp8.json"
+fi
 part plot 60 "$python" tests/bench/plot_throughput.py "$out/scaling.json" --out "$out/throughput.png"
 if command -v compute-sanitizer >/dev/null; then
   part memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" tests/gpu/sanitize.py

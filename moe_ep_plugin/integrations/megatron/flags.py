@@ -21,6 +21,7 @@ _SELECTORS = ("--moe-token-dispatcher", "--moe-token-dispatcher-type")
 _KINDS: dict[str, dict[str, Any]] = {
     "backend": {"choices": get_args(BackendName)},
     "wire": {"choices": get_args(Wire)},
+    "grad_wire": {"choices": get_args(Wire)},
     "expand": {"choices": get_args(Expand)},
     "timeout_s": {"type": float},
     "host_threads": {"type": int},
