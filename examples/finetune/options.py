@@ -70,6 +70,11 @@ def _parser() -> argparse.ArgumentParser:
         "--comm-backend", choices=("deepep", "comm"), default="deepep", help="of AutoEP; deepep is ours"
     )
     add_backend(parallel, "what moves the rows under deepep")
+    parallel.add_argument(
+        "--fp8-experts",
+        action="store_true",
+        help="experts compute on FP8 rows as they were dispatched, in all training and evaluation of the job",
+    )
     add_expert_parallel(parallel)
 
     output = parser.add_argument_group("output")
@@ -103,6 +108,8 @@ def parse_options(argv: list[str], num_ranks: int) -> argparse.Namespace:
             f"--lora with --zero {options.zero}: DeepSpeed shards the optimizer of a MoE model only if experts are "
             "trained, and adapters leave them as they are; leave --zero out"
         )
+    if options.fp8_experts:
+        _check_fp8_experts(options)
     check_folders(options, "out")
     if options.resume:
         if not (options.out / "checkpoints" / "latest").is_file():
@@ -112,3 +119,12 @@ def parse_options(argv: list[str], num_ranks: int) -> argparse.Namespace:
         if options.model is None and not (options.out / "base" / "config.json").is_file():
             raise UsageError(f"--resume: {options.out / 'base'} holds no model; start again without --resume")
     return options
+
+
+def _check_fp8_experts(options: argparse.Namespace) -> None:
+    if options.comm_backend != "deepep":
+        raise UsageError(f"--fp8-experts with --comm-backend {options.comm_backend}: FP8 rows come from deepep alone")
+    if options.expert_parallel == 1:
+        raise UsageError("--fp8-experts: with one rank to an expert-parallel group nothing is dispatched; start more")
+    if options.zero == 3:
+        raise UsageError("--fp8-experts with --zero 3: experts are quantised whole; use --zero 2")

@@ -45,7 +45,7 @@ def join(launch: Launch, options: argparse.Namespace) -> torch.device:
     device = join_ranks_for_deepspeed(launch)
     from moe_ep_plugin.integrations import deepspeed as integration
 
-    integration.install(backend=options.backend)
+    integration.install(backend=options.backend, fp8_experts=options.fp8_experts)
     if options.zero is None:
         options.zero = zero_stage(launch, 0 if options.lora else 2)
     import deepspeed

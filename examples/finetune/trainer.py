@@ -29,7 +29,7 @@ WARMUP = 0.1
 # Options that decide the numbers of fine-tuning, beside the number of ranks.
 _FIXED = (
     *("family", "layers", "hidden_size", "experts", "topk", "dtype", "lora", "seq_length", "micro_batch_size"),
-    *("seed", "base_steps", "base_lr", "steps", "lr", "zero", "expert_parallel"),
+    *("seed", "base_steps", "base_lr", "steps", "lr", "zero", "expert_parallel", "fp8_experts"),
 )
 
 
@@ -111,6 +111,7 @@ class Trainer:
             "ranks": self._launch.num_ranks,
             "expert_parallel": options.expert_parallel,
             "zero": options.zero,
+            "fp8_experts": options.fp8_experts,
             "dtype": options.dtype,
             "steps": options.steps,
         }

@@ -110,6 +110,17 @@ def test_other_families(texts: list[str], tmp_path: Path, ranks: int, options: l
         assert changed and all(".self_attn." in name for name in changed), "adapters stand beside attention only"
 
 
+def test_fp8_experts_follow_unquantised_ones(finished: FinishedRun, texts: list[str], tmp_path: Path) -> None:
+    done = run(torchrun_command(2, PROGRAM, *TINY, *texts, "--out", tmp_path, "--fp8-experts"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    wide, fp8 = result(finished.stdout), result(done.stdout)
+    assert fp8["fp8_experts"] and not wide["fp8_experts"]
+    # Experts of a model that has barely learnt add little to its logits. Seen: 1e-4.
+    assert 0 < abs(fp8["loss_after"] - wide["loss_after"]) < 0.002
+    # Logits of transformers, which quantises nothing. Seen: 0.03.
+    assert 1e-4 < fp8["export_difference"] < 0.1
+
+
 def test_own_model_with_one_rank(finished: FinishedRun, texts: list[str], tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / PROGRAM), *TINY, *texts, "--out", str(tmp_path)]
     done = run([*command, "--model", str(finished.out / "model")])
@@ -258,6 +269,9 @@ def test_an_error_of_one_rank_is_printed_by_it(
             ["--lora", "4", "--zero", "2"],
             "--lora with --zero 2: DeepSpeed shards the optimizer of a MoE model only if",
         ),
+        (2, ["--fp8-experts", "--comm-backend", "comm"], "--fp8-experts with --comm-backend comm: FP8 rows come from"),
+        (2, ["--fp8-experts", "--expert-parallel", "1"], "--fp8-experts: with one rank to an expert-parallel group"),
+        (2, ["--fp8-experts", "--zero", "3"], "--fp8-experts with --zero 3: experts are quantised whole"),
         (1, ["--model", "{empty}"], "--model {empty}: there is no config.json in it"),
         (1, ["--data", "no-such-place"], "--data no-such-place: there is no such file or directory"),
         (1, ["--out", "{empty}", "--resume"], "--resume: no checkpoint in {empty}/checkpoints"),

@@ -36,6 +36,7 @@ from deepspeed.moe.layer import MoE  # noqa: E402
 from deepspeed.moe.sharded_moe import MOELayer, TopKGate  # noqa: E402
 from deepspeed.utils import groups  # noqa: E402
 
+from moe_ep_plugin import EpBuffer, EpConfig, Fp8GroupedExperts, Fp8Rows, TokenDispatcher  # noqa: E402
 from moe_ep_plugin.errors import ConfigError, EpError  # noqa: E402
 from moe_ep_plugin.integrations.deepspeed.upstream import AUTOEP_BACKENDS_SINCE, numbers_of  # noqa: E402
 from tests.integrations.worlds import world  # noqa: E402
@@ -640,7 +641,9 @@ class HfNet(nn.Module):
         return self.lm_head(x)
 
 
-def autoep_engine(backend: str, stage: int, dtype: str, ep: int, checkpointing: bool = False) -> Any:
+def autoep_engine(
+    backend: str, stage: int, dtype: str, ep: int, checkpointing: bool = False, moe_ep_plugin: Any = None, **more: Any
+) -> Any:
     torch.manual_seed(3)
     config = engine_config(stage, "Adam")
     config["expert_parallel"] = {
@@ -650,16 +653,19 @@ def autoep_engine(backend: str, stage: int, dtype: str, ep: int, checkpointing: 
         "use_grouped_mm": False,
         "comm_backend": backend,
         "comm_max_tokens_per_rank": 0 if backend == "comm" else 64,
+        **more,
     }
+    if moe_ep_plugin is not None:
+        config["moe_ep_plugin"] = moe_ep_plugin
     if dtype == "bf16":
         config["bf16"] = {"enabled": True}
     return deepspeed.initialize(model=HfNet(checkpointing), config=config)[0]
 
 
 def autoep_losses(
-    backend: str, stage: int, dtype: str, steps: int, ep: int, checkpointing: bool = False
+    backend: str, stage: int, dtype: str, steps: int, ep: int, checkpointing: bool = False, moe_ep_plugin: Any = None
 ) -> list[float]:
-    engine = autoep_engine(backend, stage, dtype, ep, checkpointing)
+    engine = autoep_engine(backend, stage, dtype, ep, checkpointing, moe_ep_plugin)
     generator = torch.Generator().manual_seed(9 + dist.get_rank())
     x = torch.randn(1, 32, 64, generator=generator).to(torch.bfloat16 if dtype == "bf16" else torch.float32)
     losses = []
@@ -715,6 +721,168 @@ def autoep_job(ep: int) -> dict[str, Any]:
     except ImportError as error:
         found["left_to_deep_ep"] = str(error)
     return found
+
+
+# AutoEP with FP8 experts
+
+
+def fp8_install(fp8_experts: bool = True, **options: Any) -> None:
+    uninstall()
+    install(backend=BACKEND, timeout_s=60.0, fp8_experts=fp8_experts, **options)
+
+
+def autoep_layers(engine: Any) -> list[Any]:
+    return [layer for layer in engine.module.modules() if type(layer).__name__ == "AutoEPMoELayer"]
+
+
+def fp8_gradients(fp8_experts: bool, ep: int) -> dict[str, torch.Tensor]:
+    """Gradients of all parameters and of the input, from one micro-batch."""
+    fp8_install(fp8_experts)
+    engine = autoep_engine("deepep", 0, "fp32", ep)
+    x = torch.randn(1, 32, 64, generator=torch.Generator().manual_seed(9 + dist.get_rank())).requires_grad_()
+    engine.backward((engine(x) - 1).pow(2).mean())
+    assert x.grad is not None
+    found = {"input": x.grad.clone()}
+    for name, parameter in engine.module.named_parameters():
+        assert parameter.grad is not None, name
+        found[name] = parameter.grad.clone()
+    engine.destroy()
+    return found
+
+
+def fp8_by_hand(dtype: str, ep: int) -> dict[str, Any]:
+    """The output of a layer, and the same by our own classes alone; then what the layer and its state look like."""
+    fp8_install()
+    engine = autoep_engine("deepep", 0, dtype, ep)
+    layer = autoep_layers(engine)[0]
+    rank_dtype = layer.experts.w1.dtype
+    # A rank with nothing to send, and uneven experts.
+    tokens = 37 * (1 - dist.get_rank())
+    x = torch.randn(1, tokens, 64, generator=torch.Generator().manual_seed(6)).to(rank_dtype)
+    weights, config = (
+        layer.experts,
+        EpConfig(
+            num_experts=4, num_topk=2, hidden=64, max_tokens_per_rank=64, dtype=rank_dtype, power_of_two_scales=True
+        ),
+    )
+    by_hand = Fp8GroupedExperts(4 // ep, 64, 128, dtype=rank_dtype)
+    with torch.no_grad():
+        for index in range(4 // ep):
+            by_hand.linear_fc1.weight(index).copy_(torch.cat([weights.w1[index], weights.w3[index]]))
+            by_hand.linear_fc2.weight(index).copy_(weights.w2[index])
+        routed = layer.router(x[0], layer.expert_bias)
+        with EpBuffer(layer.ep_group, config) as buffer:
+            dispatcher = TokenDispatcher(buffer)
+            out = dispatcher.dispatch_fp8(x[0], routed[1].long(), routed[0].float())
+            rows = by_hand(Fp8Rows.from_dispatch(out), out.tokens_per_expert)
+            rows = (rows.float() * out.topk_weights[:, None]).to(rank_dtype)
+            expected = dispatcher.combine(rows, out.handle)
+        found: dict[str, Any] = {"same": torch.equal(layer(x)[0], expected), "rows": out.tokens_per_expert.tolist()}
+        found["chosen"] = torch.bincount(routed[1].flatten(), minlength=4).tolist()
+    found["dtype"] = str(layer(x).dtype)
+    found["state"] = sorted(layer.experts.state_dict())
+    engine.destroy()
+    return found
+
+
+def padded_losses(ep: int) -> list[float]:
+    """Losses in fp32 with rows of experts padded as on GPUs."""
+    fp8_install()
+    session = install()
+    opened, dispatch = session.open_buffer, EpBuffer.dispatch
+    counts: list[int] = []
+
+    def recorded(buffer: EpBuffer, *args: Any, **options: Any) -> Any:
+        out = dispatch(buffer, *args, **options)
+        counts.extend(out.tokens_per_expert.tolist())
+        return out
+
+    session.open_buffer = lambda group, **shape: opened(group, **shape | {"expert_alignment": 16})
+    EpBuffer.dispatch = recorded  # type: ignore[assignment,method-assign]
+    try:
+        losses = autoep_losses("deepep", 0, "fp32", 8, ep)
+    finally:
+        EpBuffer.dispatch = dispatch  # type: ignore[method-assign]
+    assert counts and not any(count % 16 for count in counts)
+    return losses
+
+
+def fp8_mistakes(ep: int) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    fp8_install()
+    found["zero3"] = error_of(lambda: autoep_engine("deepep", 3, "bf16", ep))
+    found["comm"] = error_of(lambda: autoep_engine("comm", 0, "bf16", ep))
+    found["one_rank"] = error_of(lambda: autoep_engine("deepep", 0, "bf16", 1))
+    found["pre"] = error_of(lambda: autoep_engine("deepep", 0, "bf16", ep, score_apply="pre"))
+    # As a preset of another family would.
+    found["activation"] = error_of(lambda: autoep_engine("deepep", 0, "bf16", ep, expert_activation="geglu_tanh"))
+    native = make_net("ours", ep)
+    fp8_install()
+    found["native"] = error_of(lambda: make_engine(native, 0))
+    fp8_install(False)
+    engine = autoep_engine("deepep", 0, "bf16", ep)
+    # Set after the layers were built.
+    install(fp8_experts=True)
+    layer = autoep_layers(engine)[0]
+    layer.experts.bias = nn.Parameter(torch.zeros(1))
+    found["bias"] = error_of(lambda: layer(torch.zeros(1, 4, 64).bfloat16()))
+    del layer.experts.bias
+    layer(torch.zeros(1, 4, 64).bfloat16())
+    found["open"] = error_of(lambda: install(fp8_experts=False))
+    engine.destroy()
+    uninstall()
+    found["autoep"] = error_of(lambda: install(autoep=False, fp8_experts=True))
+    return found
+
+
+def fp8_experts_job() -> dict[str, Any]:
+    ep = 2
+    patched = [importlib.import_module("deepspeed.module_inject.auto_ep_layer"), "deepep_dispatch"]
+    before = [getattr(*patched), patched[0].GroupedExperts.forward, patched[0].AutoEPMoELayer.forward]
+    found: dict[str, Any] = {"losses": {}}
+    for stage, dtype in ((0, "bf16"), (1, "bf16"), (2, "bf16"), (0, "fp32")):
+        case = found["losses"][f"zero{stage} {dtype}"] = {}
+        for name, fp8_experts in (("bf16", False), ("fp8", True)):
+            fp8_install(fp8_experts)
+            case[name] = autoep_losses("deepep", stage, dtype, 8, ep)
+            case["left_open"] = statistics()["buffers"]
+    fp8_install()
+    found["checkpointing"] = autoep_losses("deepep", 0, "fp32", 8, ep, checkpointing=True)
+    # By the section of the config alone.
+    fp8_install(False)
+    found["section"] = autoep_losses("deepep", 0, "fp32", 8, ep, moe_ep_plugin={"fp8_experts": True})
+    fp8_install(False, grad_wire="fp8")
+    found["grad_wire"] = autoep_losses("deepep", 0, "fp32", 8, ep)
+    found["padded"] = padded_losses(ep)
+    wide, fp8 = fp8_gradients(False, ep), fp8_gradients(True, ep)
+    found["gradients"] = {name: float((fp8[name] - wide[name]).norm() / wide[name].norm()) for name in wide}
+    found["by_hand"] = {dtype: fp8_by_hand(dtype, ep) for dtype in ("bf16", "fp32")}
+    found["mistakes"] = fp8_mistakes(ep)
+    uninstall()
+    after = [getattr(*patched), patched[0].GroupedExperts.forward, patched[0].AutoEPMoELayer.forward]
+    found["undone"] = before == after
+    return found
+
+
+def without_fp8_job() -> dict[str, Any]:
+    """Losses where nothing of FP8 experts is installed, which the option must not change where it is off."""
+    installing = importlib.import_module("moe_ep_plugin.integrations.deepspeed.fp8_experts")
+    serve, installing.serve_fp8_experts = installing.serve_fp8_experts, lambda installation: None
+    fp8_install(False)
+    losses = {
+        name: autoep_losses("deepep", *case, 8, 2)
+        for name, case in (("zero0 bf16", (0, "bf16")), ("zero0 fp32", (0, "fp32")))
+    }
+    uninstall()
+    installing.serve_fp8_experts = serve
+    return losses
+
+
+def fp8_experts() -> dict[str, Any]:
+    if VERSION < AUTOEP_BACKENDS_SINCE:
+        install(backend=BACKEND, fp8_experts=True)
+        return {"too_old": error_of(lambda: make_engine(nn.Linear(HIDDEN, HIDDEN), 0))}
+    return fp8_experts_job() | {"without": without_fp8_job()}
 
 
 def registry_job() -> dict[str, Any]:
@@ -806,6 +974,7 @@ def main(path: str) -> None:
             "world2": world(2, world2, start, finish),
             "world4": world(4, world4, start, finish),
             "expert_tensor_parallel": world(4, expert_tensor_parallel, start, finish),
+            "fp8_experts": world(2, fp8_experts, start, finish),
         }
     with open(path, "w") as file:
         json.dump(results, file)

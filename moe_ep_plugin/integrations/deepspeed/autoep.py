@@ -18,12 +18,16 @@ from ...buffer import EpBuffer
 from ...config import SUPPORTED_DTYPES
 from ...errors import ConfigError, StateError
 from ...handle import DispatchHandle
+from ...types import DispatchOutput
 from ...wire import dequantize_blocks
 from ..patching import Installation
 from ..session import Session
 from .install import current_session
 from .options import CONFIG_KEY, Options
 from .upstream import import_deepspeed
+
+# Rows of an expert that an FP8 GEMM on a GPU takes are a multiple of this.
+_FP8_ALIGNMENT = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +55,9 @@ class ElasticBuffer:
     Memory is taken at the first dispatch, when the rows' dtype is known, from the installation that is there then;
     and again at the next dispatch after its session was closed.
 
+    With the option ``fp8_experts`` a forward dispatch keeps its rows FP8 for :meth:`take_fp8`, and returns what stands
+    for them in autograd.
+
     Args:
         group: The expert-parallel group.
         num_max_tokens_per_rank: Most tokens of one dispatch.
@@ -72,6 +79,7 @@ class ElasticBuffer:
         self._shape = {"max_tokens_per_rank": num_max_tokens_per_rank, "hidden": hidden, "num_topk": num_topk}
         self._buffer: EpBuffer | None = None
         self._owner: Session[Options] | None = None
+        self._received: DispatchOutput | None = None
 
     def dispatch(
         self,
@@ -89,7 +97,8 @@ class ElasticBuffer:
 
         Returns:
             Rows grouped by local expert, None, their weights fp32 [num_rows] (None if none were sent), the handle,
-            None.
+            None. Rows that stay FP8 are replaced by [num_rows, hidden] of NaN in the dtype of ``x``, one element of
+            memory.
         """
         if not do_expand or expert_alignment != 1:
             raise ConfigError.of(
@@ -99,21 +108,35 @@ class ElasticBuffer:
                 "use a DeepSpeed version that moe_ep_plugin supports",
             )
         buffer = self._open(num_experts, x) if handle is None else self._opened()
+        assert self._owner is not None
+        # Gradients come without weights.
+        forward = topk_weights is not None
+        keep_fp8 = forward and self._owner.options.fp8_experts
         out = buffer.dispatch(
             x.contiguous(),
             topk_idx,
             topk_weights,
             handle=None if handle is None else handle.routing,
-            # Gradients, which come without weights, cross unquantised whatever the forward wire is.
-            wire=None if topk_weights is not None else "bf16",
+            wire=("fp8" if keep_fp8 else None) if forward else self._owner.options.grad_wire,
             num_sms=_sms(buffer, num_sms),
         )
         if handle is None:
             assert topk_idx is not None
             places = out.tokens_per_expert.cumsum(0).to(device=x.device, dtype=torch.int32)
             handle = ElasticHandle(out.handle, topk_idx, out.handle.num_rows, places)
-        rows = out.x if out.scale is None else dequantize_blocks(out.x, out.scale, x.dtype)
+        if keep_fp8:
+            self._received = out
+            # As in TokenDispatcher.dispatch_fp8: whoever computes with it sees that.
+            rows = x.new_full((1, 1), torch.nan).expand(out.x.shape)
+        else:
+            rows = out.x if out.scale is None else dequantize_blocks(out.x, out.scale, x.dtype)
         return rows, None, out.topk_weights, handle, None
+
+    def take_fp8(self) -> DispatchOutput:
+        """What the last forward dispatch received, FP8 rows and scales among it; once."""
+        out, self._received = self._received, None
+        assert out is not None, "the option fp8_experts is set, and a dispatch came before"
+        return out
 
     def combine(
         self, rows: torch.Tensor, *, handle: ElasticHandle, topk_weights: torch.Tensor | None = None, num_sms: int = 0
@@ -134,7 +157,7 @@ class ElasticBuffer:
         """Give the memory back; collective, idempotent."""
         if self._buffer is not None and self._owner is not None:
             self._owner.close_buffer(self._buffer)
-        self._buffer = self._owner = None
+        self._buffer = self._owner = self._received = None
 
     def _open(self, num_experts: int | None, x: torch.Tensor) -> EpBuffer:
         session = current_session()
@@ -144,8 +167,11 @@ class ElasticBuffer:
             )
         if self._buffer is None or self._buffer not in session.buffers:
             self._owner = session
+            shape: dict[str, Any] = dict(self._shape)
+            if session.options.fp8_experts:
+                shape |= {"expert_alignment": _FP8_ALIGNMENT if x.is_cuda else 1, "power_of_two_scales": True}
             self._buffer = session.open_buffer(
-                self._group, num_experts=num_experts, dtype=x.dtype, device=x.device.type, **self._shape
+                self._group, num_experts=num_experts, dtype=x.dtype, device=x.device.type, **shape
             )
         return self._buffer
 

@@ -52,8 +52,10 @@ def install(**options: Any) -> Session[Options]:
         _prepare_engines(installation)
         if version >= AUTOEP_BACKENDS_SINCE:
             from .autoep import serve_autoep
+            from .fp8_experts import serve_fp8_experts
 
             serve_autoep(installation)
+            serve_fp8_experts(installation)
     return session
 
 
@@ -151,6 +153,8 @@ def _prepare(session: Session[Options], model: torch.nn.Module, config: Any) -> 
         change = convert_layers if section.pop("enabled", True) else restore_layers
         session.configure(**section)
         change(layers)
+    if session.options.fp8_experts:
+        _check_fp8_experts(layers, config)
     if not layers:
         return
     if config.zero_optimization_stage == 3:
@@ -168,6 +172,29 @@ def _prepare(session: Session[Options], model: torch.nn.Module, config: Any) -> 
                 f"it must divide the number of ranks, {dist.get_world_size()}",
                 "start a multiple of ep_size ranks, or build the layer with another ep_size",
             )
+
+
+def _check_fp8_experts(native_layers: list[Any], config: Any) -> None:
+    """Refuse what an engine can't have with FP8 experts; the rest is checked by layers, as they are built."""
+    version = check_version()
+    if version < AUTOEP_BACKENDS_SINCE:
+        needed = ".".join(map(str, AUTOEP_BACKENDS_SINCE))
+        limit, remedy = (
+            f"deepspeed is {'.'.join(map(str, version))}, and AutoEP takes our rows from {needed} on",
+            "update",
+        )
+        raise ConfigError.of("fp8_experts", True, limit, f"{remedy}, or leave it out")
+    if native_layers:
+        raise ConfigError.of(
+            "fp8_experts",
+            True,
+            f"the model has {len(native_layers)} native MoE layers, whose experts are modules of the model",
+            "leave it out; experts of AutoEP layers can have FP8",
+        )
+    if config.zero_optimization_stage == 3 and (config._param_dict.get("expert_parallel") or {}).get("enabled"):
+        from .fp8_experts import refuse_zero3
+
+        refuse_zero3()
 
 
 def _section(config: dict[str, Any]) -> dict[str, Any] | None:
