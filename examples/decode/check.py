@@ -56,7 +56,8 @@ def compare(loss: float, checkpoint: Checkpoint, wire: str) -> tuple[dict[str, A
     numbers = {"loss": round(loss, 6), "reported_loss": None if reported is None else round(reported, 6)}
     if reported is None:
         return numbers, None
-    tolerance = EXACT if checkpoint.shape.dtype == torch.float32 and wire == "bf16" else ROUNDED
+    exact = checkpoint.shape.dtype == torch.float32 and wire == "bf16" and not checkpoint.fp8_experts
+    tolerance = EXACT if exact else ROUNDED
     if abs(loss - reported) <= tolerance:
         return numbers, None
     return numbers, (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from .model import Decoder, Shape
 from .moe import Experts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_FP8_EXPERT_NAME = re.compile(r"(?<=\.experts)\.(linear_fc[12])\.weight(\d+)$")
 
 
 def _read(folder: Path, rank: int) -> dict[str, Any]:
@@ -38,6 +40,7 @@ class Checkpoint:
         folder: Where it is.
         step: Steps that the model was trained for.
         corpus: Fingerprint of the text that it was trained on.
+        fp8_experts: Whether its experts computed in FP8 then; here the weights are used as they are.
         shape: Sizes of the model.
     """
 
@@ -48,6 +51,7 @@ class Checkpoint:
         self._files = settings["expert_parallel"]
         self.step: int = first["step"]
         self.corpus: str = settings["text (--data)"]
+        self.fp8_experts = bool(settings.get("moe_ep_fp8"))
         self.shape = Shape(
             layers=settings["layers"],
             hidden_size=settings["hidden_size"],
@@ -65,6 +69,10 @@ class Checkpoint:
         # The first of the ranks that shared one set of experts have them all.
         for file in range(self._files):
             for name, tensor in _read(self.folder, file)["model"].items():
+                if name.endswith("._extra_state"):
+                    continue
+                # FP8 experts keep the same weights under other names.
+                name = _FP8_EXPERT_NAME.sub(r".local_experts.\2.\1.weight", name)
                 before, local, after = name.partition(".local_experts.")
                 if not local:
                     weights.setdefault(name, tensor)

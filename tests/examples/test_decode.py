@@ -182,6 +182,21 @@ def test_ranks_share_the_experts(trained: Trained, alone: list[str], backend: st
     assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_model_trained_with_fp8_experts(trained: Trained, tmp_path: Path) -> None:
+    training = tmp_path / "training"
+    places = ["--data", trained.text, "--out", training, "--save", training / "checkpoints"]
+    arguments = [*MODEL, "--moe-ep-fp8", "experts", "--steps", "5", *map(str, places)]
+    done = run(torchrun_command(2, TRAINING, *arguments))
+    assert done.returncode == 0, done.stderr
+    check = ["--check", "--data", trained.text, "--eval-windows", str(WINDOWS), "--tokens", "4", "--prompt", "the "]
+    decoded = start(1, tmp_path, *check, "--backend", "collective", load=training / "checkpoints")
+    assert decoded.returncode == 0, decoded.stderr
+    numbers, trained_loss = result(decoded.stdout), result(done.stdout)["validation_loss"]
+    assert numbers["reported_loss"] == trained_loss
+    # The weights as they are, where the training quantised them: other numbers, hardly another loss.
+    assert 1e-6 < abs(numbers["loss"] - trained_loss) < 0.02
+
+
 def test_random_model_with_drawn_bytes(tmp_path: Path) -> None:
     sizes = ["--random", "--layers", "2", "--hidden-size", "64", "--experts", "3", "--dtype", "bf16", "--context", "8"]
     drawing = ["--temperature", "1", "--top-k", "9", "--wire", "fp8", "--tokens", "20", "--batch", "2"]
