@@ -58,8 +58,9 @@ def load() -> _Names:
         ) from error
 
 
+@functools.cache
 def why_not() -> str | None:
-    """The reason why TransformerEngine can't be used, or None."""
+    """The reason why TransformerEngine can't be used, or None. Looked for once: layers ask in every forward."""
     try:
         load()
     except BackendUnavailable as error:
@@ -129,7 +130,10 @@ def tiles_to_te(tiles: Fp8Tiles, *, dtype: torch.dtype, power_of_two_scales: boo
 
 
 def quantizer(block_dims: int, *, rowwise: bool, columnwise: bool, power_of_two_scales: bool) -> Any:
-    """Return a ``Float8BlockQuantizer`` to e4m3 in blocks of 1 x 128 (``block_dims`` 1) or 128 x 128 (2)."""
+    """Return a ``Float8BlockQuantizer`` to e4m3 in blocks of 1 x 128 (``block_dims`` 1) or 128 x 128 (2).
+
+    It is called with the matrix.
+    """
     te = load()
     return te.quantizer(
         te.e4m3,
@@ -142,8 +146,8 @@ def quantizer(block_dims: int, *, rowwise: bool, columnwise: bool, power_of_two_
 
 def operand(
     *,
-    rows: tuple[torch.Tensor, torch.Tensor] | None = None,
-    columns: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rows: tuple[torch.Tensor, torch.Tensor],
+    columns: tuple[torch.Tensor, torch.Tensor] | None,
     dtype: torch.dtype,
     made_by: Any,
 ) -> Any:
@@ -151,24 +155,13 @@ def operand(
 
     Args:
         rows: uint8 codes [rows, hidden], and fp32 scales [ceil(hidden / 128), rows rounded up to 4].
-        columns: uint8 codes [hidden, rows], and fp32 scales [ceil(rows / 128), hidden rounded up to 4].
+        columns: For a weight gradient, uint8 codes [hidden, rows], and fp32 scales [ceil(rows / 128), hidden rounded up
+            to 4].
         dtype: What the tensor presents itself as.
         made_by: The quantizer that stands for both.
     """
     te = load()
-    return te.storage(
-        *(rows or (None, None)),
-        *(columns or (None, None)),
-        te.e4m3,
-        made_by,
-        False,
-        fake_dtype=dtype,
-    )
-
-
-def quantize(x: torch.Tensor, by: Any) -> Any:
-    """Quantise a matrix by a :func:`quantizer`."""
-    return by(x)
+    return te.storage(*rows, *(columns or (None, None)), te.e4m3, made_by, False, fake_dtype=dtype)
 
 
 def split_quantize(x: torch.Tensor, counts: Sequence[int], by: Any) -> list[Any]:

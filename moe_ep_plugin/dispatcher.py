@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from .buffer import EpBuffer
-from .errors import ConfigError
+from .fp8 import stand_in
 from .handle import DispatchHandle
+from .requests import check_wire
 from .types import DispatchOutput, Layout, Wire
-from .wire import dequantize_blocks
+from .wire import dequantized
 
 
 @dataclass
@@ -44,11 +45,7 @@ class _Dispatch(torch.autograd.Function):
             max_recv_tokens=routing.max_recv_tokens,
             wire="fp8" if routing.keep_fp8 else None,
         )
-        if routing.keep_fp8:
-            # Autograd would round a gradient of FP8 rows to FP8. NaN: whoever computes with the stand-in sees it.
-            rows = x.new_full((1, 1), torch.nan).expand(out.x.shape)
-        else:
-            rows = out.x if out.scale is None else dequantize_blocks(out.x, out.scale, x.dtype)
+        rows = stand_in(out.x, x.dtype) if routing.keep_fp8 else dequantized(out.x, out.scale, x.dtype)
         routing.out = out
         ctx.buffer, ctx.handle = routing.buffer, out.handle
         return rows, out.topk_weights
@@ -83,7 +80,7 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None]:
         out = ctx.buffer.dispatch(grad, handle=ctx.handle, wire=ctx.grad_wire)
-        grad_rows = out.x if out.scale is None else dequantize_blocks(out.x, out.scale, grad.dtype)
+        grad_rows = dequantized(out.x, out.scale, grad.dtype)
         # Read once: under activation checkpointing every read would recompute.
         saved = ctx.saved_tensors
         if not saved:
@@ -113,10 +110,7 @@ class TokenDispatcher:
     """
 
     def __init__(self, buffer: EpBuffer, *, grad_wire: Wire = "bf16") -> None:
-        if grad_wire not in get_args(Wire):
-            raise ConfigError.of(
-                "grad_wire", repr(grad_wire), f"it must be one of {get_args(Wire)}", "choose one of these"
-            )
+        check_wire(grad_wire, "grad_wire")
         self.buffer = buffer
         self.grad_wire = grad_wire
 

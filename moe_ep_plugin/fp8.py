@@ -140,12 +140,8 @@ class Fp8Rows(_Blocks):
             ConfigError: A count is negative, or there are fewer rows than the counts add up to.
         """
         check_counts(tokens_per_expert, self.data.shape[0])
-        parts, start = [], 0
-        for count in tokens_per_expert:
-            part = slice(start, start + count)
-            parts.append(Fp8Rows(self.data[part], self.scale[part]))
-            start += count
-        return parts
+        parts = (split_rows(values, tokens_per_expert) for values in (self.data, self.scale))
+        return [Fp8Rows(data, scale) for data, scale in zip(*parts, strict=True)]
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """[rows, hidden] of ``dtype``: multiplied in fp32, then rounded."""
@@ -247,6 +243,20 @@ def quantize_tiles(weight: torch.Tensor, *, power_of_two: bool = False) -> Fp8Ti
     scale = block_scales(blocks, (1, 3), power_of_two)
     data = to_fp8(blocks, scale[:, None, :, None]).view(padded.shape)[:height, :width]
     return Fp8Tiles(data.contiguous(), scale)
+
+
+def stand_in(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what stands for FP8 ``rows`` in autograd, which would round their gradient to FP8.
+
+    NaN of their shape in ``dtype``, one element of memory: whoever computes with it sees that.
+    """
+    return rows.new_full((1, 1), torch.nan, dtype=dtype).expand(rows.shape)
+
+
+def split_rows(x: torch.Tensor, tokens_per_expert: Sequence[int]) -> Sequence[torch.Tensor]:
+    """Return views of each expert's rows, without those past the counts."""
+    parts: Sequence[torch.Tensor] = x[: sum(tokens_per_expert)].split(list(tokens_per_expert))
+    return parts
 
 
 def check_counts(tokens_per_expert: Sequence[int], num_rows: int) -> None:

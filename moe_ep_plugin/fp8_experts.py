@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _te, fp8_te
 from .errors import ConfigError, StateError
-from .fp8 import Fp8Rows, Fp8Tiles, check_counts, quantize_columns, quantize_rows, quantize_tiles
+from .fp8 import Fp8Rows, Fp8Tiles, check_counts, quantize_columns, quantize_rows, quantize_tiles, split_rows
 
 WeightBlock = Literal["128x128", "1x128"]
 Gradients = Literal["training", "fp8"]
@@ -71,7 +71,7 @@ class _WeightGrad:
     def compute(self, layer: Fp8GroupedLinear) -> Iterator[torch.Tensor]:
         """Gradients of the experts in order, [out_features, in_features] in the weights' dtype; zero without rows."""
         power_of_two = layer.recipe.power_of_two_scales
-        grads = _split(self.grad, self.counts)
+        grads = split_rows(self.grad, self.counts)
         for index, (part, grad) in enumerate(zip(self.rows.split(self.counts), grads, strict=True)):
             if layer.recipe.gradients == "fp8":
                 x = part.columns(power_of_two=power_of_two).dequantize(torch.float32)
@@ -95,7 +95,7 @@ class _GroupedLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         quantized = [layer.quantize(weight) for weight in weights]
         out = torch.zeros(len(rows.data), layer.out_features, dtype=weights[0].dtype, device=rows.data.device)
-        for y, part, weight in zip(_split(out, counts), rows.split(counts), quantized, strict=True):
+        for y, part, weight in zip(split_rows(out, counts), rows.split(counts), quantized, strict=True):
             y.copy_(part.dequantize(torch.float32) @ weight.dequantize(torch.float32).t())
         ctx.layer, ctx.counts = layer, counts
         ctx.save_for_backward(rows.data, rows.scale, *(w.data for w in quantized), *(w.scale for w in quantized))
@@ -112,7 +112,9 @@ class _GroupedLinear(torch.autograd.Function):
         grad_rows = None
         if ctx.needs_input_grad[0]:
             grad_rows = torch.zeros(data.shape, dtype=grad.dtype, device=grad.device)
-            for dx, dy, weight in zip(_split(grad_rows, ctx.counts), _split(grad, ctx.counts), weights, strict=True):
+            for dx, dy, weight in zip(
+                split_rows(grad_rows, ctx.counts), split_rows(grad, ctx.counts), weights, strict=True
+            ):
                 if layer.recipe.gradients == "fp8":
                     wide = quantize_rows(dy, power_of_two=layer.recipe.power_of_two_scales).dequantize(torch.float32)
                 else:
@@ -336,6 +338,11 @@ class Fp8GroupedExperts(nn.Module):
         self.linear_fc1.backward_dw()
 
 
+def row_multiple(device: torch.device) -> int:
+    """Return what an expert's rows on ``device`` are to be a multiple of: ``expert_alignment`` for FP8 experts."""
+    return _te.ROW_MULTIPLE if device.type == "cuda" else 1
+
+
 def _uses_te(recipe: Fp8Recipe, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether TransformerEngine computes; raises where it must and can't."""
     if recipe.engine == "torch" or (recipe.engine == "auto" and device.type != "cuda"):
@@ -389,12 +396,6 @@ class _SwiGlu(torch.autograd.Function):
         # d silu(g) / dg = s + silu(g) (1 - s)
         grad_gate.copy_(wide * up * (sigmoid + silu * (1 - sigmoid)))
         return grad_x, grad_probs
-
-
-def _split(x: torch.Tensor, counts: Sequence[int]) -> Sequence[torch.Tensor]:
-    """Views of each expert's rows, without those past the counts."""
-    parts: Sequence[torch.Tensor] = x[: sum(counts)].split(list(counts))
-    return parts
 
 
 def _init_normal(weight: torch.Tensor) -> None:

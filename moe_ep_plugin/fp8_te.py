@@ -7,7 +7,7 @@ arrived; after that the received rows are no longer kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _te, fp8_kernels
 from .errors import ConfigError
-from .fp8 import Fp8Rows
-from .wire import dequantize_blocks
+from .fp8 import Fp8Rows, split_rows
 
 if TYPE_CHECKING:
     from .fp8_experts import Fp8GroupedLinear
@@ -67,7 +66,7 @@ def quantize_weights(layer: Fp8GroupedLinear, weights: Sequence[torch.Tensor], c
         power_of_two_scales=recipe.power_of_two_scales,
     )
     by.internal = True
-    made = QuantizedWeights([_te.quantize(weight.detach(), by) for weight in weights], columnwise)
+    made = QuantizedWeights([by(weight.detach()) for weight in weights], columnwise)
     if layer.weights_changed is None:
         layer.kept_weights = None
     else:
@@ -106,15 +105,14 @@ class _WideWeightGrad:
 
     def compute(self, layer: Fp8GroupedLinear) -> Iterator[torch.Tensor]:
         """Gradients of the experts in order; zero without rows."""
-        start = 0
-        for count in self.counts:
-            part = slice(start, start + count)
-            start += count
-            if isinstance(self.rows, Fp8Rows):
-                x = dequantize_blocks(self.rows.data[part], self.rows.scale[part], self.grad.dtype)
-            else:
-                x = self.rows[part]
-            yield self.grad[part].t() @ x
+        dtype = self.grad.dtype
+        if isinstance(self.rows, Fp8Rows):
+            # One expert's at a time: they are twice as large then.
+            inputs: Iterable[torch.Tensor] = (part.dequantize(dtype) for part in self.rows.split(self.counts))
+        else:
+            inputs = split_rows(self.rows, self.counts)
+        for dy, x in zip(split_rows(self.grad, self.counts), inputs, strict=True):
+            yield dy.t() @ x
 
 
 class GroupedLinear(torch.autograd.Function):
@@ -146,14 +144,14 @@ class GroupedLinear(torch.autograd.Function):
         ctx.layer, ctx.counts, ctx.num_rows = layer, counts, num_rows
         # Not parameters and not results of this function, so autograd has nothing to watch in them.
         ctx.weights = quantized.operands if needs_input else None
-        ctx.columns = None
-        ctx.wide_rows = None
-        if needs_weights and by_columns:
+        # What weight gradients are computed from.
+        ctx.inputs = None
+        if by_columns:
             for operand in inputs:
                 operand.update_usage(rowwise_usage=False, columnwise_usage=True)
-            ctx.columns = inputs
+            ctx.inputs = inputs
         elif needs_weights:
-            ctx.wide_rows = rows if isinstance(rows, Fp8Rows) else rows.detach()
+            ctx.inputs = rows if isinstance(rows, Fp8Rows) else rows.detach()
         return out
 
     @staticmethod
@@ -178,14 +176,13 @@ class GroupedLinear(torch.autograd.Function):
             if in_fp8 and total:
                 _te.grouped_gemm(ctx.weights, parts, [grad_rows[:total]], "NN", counts, grad=True)
             elif total:
-                start = 0
-                for weight, count in zip(ctx.weights, counts, strict=True):
-                    part = slice(start, start + count)
-                    start += count
-                    torch.mm(dy[part], weight.dequantize(dtype=grad.dtype), out=grad_rows[part])
+                for dx, part, weight in zip(
+                    split_rows(grad_rows, counts), split_rows(dy, counts), ctx.weights, strict=True
+                ):
+                    torch.mm(part, weight.dequantize(dtype=grad.dtype), out=dx)
         grads: list[torch.Tensor | None] = [None] * layer.num_gemms
         if any(needed):
-            work = _Fp8WeightGrad(ctx.columns, parts, counts) if in_fp8 else _WideWeightGrad(ctx.wide_rows, dy, counts)
+            work = _Fp8WeightGrad(ctx.inputs, parts, counts) if in_fp8 else _WideWeightGrad(ctx.inputs, dy, counts)
             if recipe.delay_weight_grad:
                 layer.delayed.append(work)
             else:
@@ -205,7 +202,7 @@ def _operands(
     columns: Sequence[Any] = [None] * len(counts)
     if columnwise:
         columns = fp8_kernels.columns(rows, counts, power_of_two=power_of_two)
-    codes = rows.codes[: sum(counts)].split(list(counts))
+    codes = split_rows(rows.codes, counts)
     scales = fp8_kernels.transposed_scales(rows, counts)
     return [
         _te.operand(rows=(code, scale), columns=column, dtype=dtype, made_by=by)

@@ -217,10 +217,10 @@ class RequestChecker:
         )
 
 
-def check_wire(wire: Wire) -> None:
-    """Raise ConfigError unless ``wire`` is a way for rows to cross."""
+def check_wire(wire: Wire, name: str = "wire") -> None:
+    """Raise ConfigError unless ``wire``, the argument ``name``, is a way for rows to cross."""
     if wire not in ("bf16", "fp8"):
-        raise ConfigError.of("wire", repr(wire), "it must be 'bf16' or 'fp8'", "choose one of these")
+        raise ConfigError.of(name, repr(wire), "it must be 'bf16' or 'fp8'", "choose one of these")
 
 
 def _fits(have: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:

@@ -63,6 +63,11 @@ def to_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return scaled.to(FP8_DTYPE)
 
 
+def dequantized(x: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Return rows as they arrived, those of the FP8 wire, which have scales, dequantised to ``dtype``."""
+    return x if scale is None else dequantize_blocks(x, scale, dtype)
+
+
 def dequantize_blocks(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return [rows, hidden] of ``dtype`` from the FP8 wire format; multiplied in fp32, then rounded."""
     hidden = q.shape[1]

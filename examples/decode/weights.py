@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import pickle
-import re
 import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from pretrain.errors import UsageError
-from pretrain.saved import file_name
+from pretrain.saved import file_name, plain_name
 from torch import Tensor
 
 from .model import Decoder, Shape
 from .moe import Experts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_FP8_EXPERT_NAME = re.compile(r"(?<=\.experts)\.(linear_fc[12])\.weight(\d+)$")
 
 
 def _read(folder: Path, rank: int) -> dict[str, Any]:
@@ -71,8 +69,7 @@ class Checkpoint:
             for name, tensor in _read(self.folder, file)["model"].items():
                 if name.endswith("._extra_state"):
                     continue
-                # FP8 experts keep the same weights under other names.
-                name = _FP8_EXPERT_NAME.sub(r".local_experts.\2.\1.weight", name)
+                name = plain_name(name)
                 before, local, after = name.partition(".local_experts.")
                 if not local:
                     weights.setdefault(name, tensor)

@@ -14,10 +14,10 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from .data import VOCAB_SIZE
+from .saved import plain_name
 
 HEAD_SIZE = 32
 _EXPERT_NAME = re.compile(r"(?<=\.local_experts\.)\d+")
-_FP8_EXPERT_NAME = re.compile(r"(?<=\.experts)\.(linear_fc[12])\.weight(\d+)$")
 
 
 def build_model(options: argparse.Namespace, expert_rank: int, device: torch.device) -> GPTModel:
@@ -83,8 +83,7 @@ def _initialise(model: GPTModel, options: argparse.Namespace, first_expert: int)
         if parameter.dim() < 2:
             continue
         # An FP8 expert starts with the weights of the expert that it stands for.
-        name = _FP8_EXPERT_NAME.sub(r".local_experts.\2.\1.weight", name)
-        name = _EXPERT_NAME.sub(lambda match: str(int(match.group()) + first_expert), name)
+        name = _EXPERT_NAME.sub(lambda match: str(int(match.group()) + first_expert), plain_name(name))
         generator = torch.Generator().manual_seed((options.seed << 32) + zlib.crc32(name.encode()))
         std = 0.02 if "embedding" in name else parameter.shape[-1] ** -0.5
         if name.endswith(("linear_proj.weight", "linear_fc2.weight")):

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from .errors import UsageError
 
 LATEST = "latest"
 """Name of the file that holds the name of the newest complete checkpoint's folder."""
+
+
+_FP8_EXPERT_NAME = re.compile(r"(?<=\.experts)\.(linear_fc[12])\.weight(\d+)$")
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter in a model without FP8 experts, which keep the same weights under other names."""
+    return _FP8_EXPERT_NAME.sub(r".local_experts.\2.\1.weight", name)
 
 
 def file_name(rank: int) -> str:

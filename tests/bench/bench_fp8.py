@@ -19,7 +19,8 @@ speed of a large copy, plus the GEMM alone. Wire bytes are what left a rank for 
 beside those of a bf16 all-to-all of every (token, expert).
 
     python -m moe_ep_plugin.share_gpu --ranks 4 -- tests/bench/bench_fp8.py --json FILE
-    torchrun --standalone --nproc-per-node 2 tests/bench/bench_fp8.py --device cpu --tokens 32 --hidden 256 --fc1 256
+    torchrun --standalone --nproc-per-node 2 tests/bench/bench_fp8.py --device cpu --tokens 32 --hidden 256 --fc1 256 \\
+        --copy-mb 2
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,12 @@ import torch
 import torch.distributed as dist
 from bench_throughput import numbers
 from common import gpu_facts, ranks_sharing, start_rank
+from throughput_measure import copy_bytes_per_s, timed
+from throughput_team import tidy
 
-from moe_ep_plugin import EpBuffer, EpConfig, Fp8Recipe, Fp8Rows, TokenDispatcher
+from moe_ep_plugin import EpBuffer, EpConfig, Fp8Recipe, Fp8Rows, TokenDispatcher, _te
 from moe_ep_plugin.fp8_experts import Fp8GroupedLinear
 
-ALIGNMENT = 16
 BAR = 1.6
 
 
@@ -56,7 +57,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=7)
     parser.add_argument("--calls", type=int, default=5, help="calls of a batch")
     parser.add_argument("--json", help="write results to this file")
+    # For trying this program without a GPU.
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
+    parser.add_argument("--copy-mb", type=int, default=1024, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -86,7 +89,7 @@ class Case:
             num_topk=options.topk,
             hidden=options.hidden,
             max_tokens_per_rank=options.tokens,
-            expert_alignment=ALIGNMENT,
+            expert_alignment=_te.ROW_MULTIPLE,
             power_of_two_scales=True,
             device=self.device.type,
             backend="cuda" if self.device.type == "cuda" else "host",
@@ -148,19 +151,12 @@ class Case:
     def timed(self, call: Callable[[], object], calls: int) -> float:
         """Microseconds of a call back to back with others; the slowest rank."""
         dist.barrier()
-        if self.device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
+
+        def all_calls() -> None:
             for _ in range(calls):
                 call()
-            end.record()
-            end.synchronize()
-            spent = start.elapsed_time(end) * 1e3 / calls
-        else:
-            started = time.perf_counter()
-            for _ in range(calls):
-                call()
-            spent = (time.perf_counter() - started) * 1e6 / calls
+
+        spent = timed(all_calls, self.device) / calls
         slowest = torch.tensor([spent], dtype=torch.float64)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         return float(slowest)
@@ -247,25 +243,6 @@ def run(case: Case, buffer: EpBuffer, outputs: int) -> dict[str, Any]:
     return found
 
 
-def copy_speed(case: Case) -> float | None:
-    """Bytes a second, read and written, of a large copy by rank 0 alone."""
-    speed = None
-    if case.device.type == "cuda" and case.rank == 0:
-        source = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device=case.device)
-        target = torch.empty_like(source)
-        times = []
-        for _ in range(8):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            target.copy_(source)
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e-3)
-        speed = 2 * (1 << 30) / statistics.median(times)
-    dist.barrier()
-    return speed
-
-
 def main() -> None:
     """Measure and print."""
     options = parse_options()
@@ -274,8 +251,11 @@ def main() -> None:
         "options": vars(options),
         "ranks": case.size,
         "gpu": gpu_facts(case.device),
-        "copy_bytes_per_s": copy_speed(case),
     }
+    if case.rank == 0:
+        results["copy_bytes_per_s"] = copy_bytes_per_s(case.device, options.copy_mb << 20)
+        tidy(case.device)
+    dist.barrier()
     with case.buffer("direct") as buffer:
         results["fc1"] = [run(case, buffer, outputs) for outputs in options.fc1]
         results["bytes_to_peers"] = results["fc1"][0].pop("bytes_to_peers")

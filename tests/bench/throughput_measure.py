@@ -47,6 +47,15 @@ def repeat(call: Call, times: int) -> None:
         held = call()  # noqa: F841
 
 
+def copy_bytes_per_s(device: torch.device, size: int) -> float:
+    """Bytes a second, read and written, of copies of ``size`` bytes."""
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    repeat(lambda: target.copy_(source), 3)
+    times = [timed(lambda: target.copy_(source), device) for _ in range(10)]  # type: ignore[arg-type]
+    return 2 * size / statistics.median(times) * 1e6
+
+
 def checked_call(session: Session, work: Work) -> tuple[Call, Callable[[Any], None]]:
     """A work's call, after one call whose result was right, and its check."""
     team = session.team

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
@@ -12,7 +11,7 @@ import torch
 import torch.distributed as dist
 from common import ranks_sharing, start_rank
 from throughput_data import Shape
-from throughput_measure import Row, Schedule, count_launches, measure, repeat, time_graph, timed
+from throughput_measure import Row, Schedule, copy_bytes_per_s, count_launches, measure, time_graph
 from throughput_report import Report
 from throughput_session import Session
 from throughput_team import DoesNotFit, Failed, Team, tidy
@@ -85,13 +84,8 @@ class Bench:
     def measure_copy(self) -> None:
         """Bandwidth of large copies, by rank 0 alone."""
         if self.rank == 0:
-            half = self.options.copy_mb << 20
-            source = torch.randint(0, 255, (half,), dtype=torch.uint8, device=self.device)
-            target = torch.empty_like(source)
-            repeat(lambda: target.copy_(source), 3)
-            times = [timed(lambda: target.copy_(source), self.device) for _ in range(10)]  # type: ignore[arg-type]
-            self.report.results["copy_bytes_per_s"] = 2 * half / statistics.median(times) * 1e6
-            del source, target
+            speed = copy_bytes_per_s(self.device, self.options.copy_mb << 20)
+            self.report.results["copy_bytes_per_s"] = speed
             tidy(self.device)
         dist.barrier()
         if self.report.active:

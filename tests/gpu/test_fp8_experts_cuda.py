@@ -208,11 +208,11 @@ def quantises_as_the_cpu() -> dict[str, bool]:
     x = randn(11, 384, 512) * torch.logspace(-3, 3, 512, device="cuda").bfloat16()
     same = {}
     weight = quantize_tiles(x.cpu(), power_of_two=True)
-    made = _te.quantize(x, _te.quantizer(2, rowwise=True, columnwise=False, power_of_two_scales=True))
+    made = _te.quantizer(2, rowwise=True, columnwise=False, power_of_two_scales=True)(x)
     same["tiles, codes"] = torch.equal(made._rowwise_data.cpu(), weight.codes)
     same["tiles, scales"] = torch.equal(made._rowwise_scale_inv.cpu()[:, :4], weight.scale)
     rows, columns = quantize_rows(x.cpu(), power_of_two=True), quantize_columns(x.cpu(), power_of_two=True)
-    made = _te.quantize(x, _te.quantizer(1, rowwise=True, columnwise=True, power_of_two_scales=True))
+    made = _te.quantizer(1, rowwise=True, columnwise=True, power_of_two_scales=True)(x)
     same["rows, codes"] = torch.equal(made._rowwise_data.cpu(), rows.codes)
     same["rows, scales"] = torch.equal(made._rowwise_scale_inv.cpu(), rows.transposed_scale(4))
     same["columns, codes"] = torch.equal(made._columnwise_data.cpu(), columns.codes)

@@ -17,17 +17,16 @@ import torch.distributed as dist
 from ...buffer import EpBuffer
 from ...config import SUPPORTED_DTYPES
 from ...errors import ConfigError, StateError
+from ...fp8 import stand_in
+from ...fp8_experts import row_multiple
 from ...handle import DispatchHandle
 from ...types import DispatchOutput
-from ...wire import dequantize_blocks
+from ...wire import dequantized
 from ..patching import Installation
 from ..session import Session
 from .install import current_session
 from .options import CONFIG_KEY, Options
 from .upstream import import_deepspeed
-
-# Rows of an expert that an FP8 GEMM on a GPU takes are a multiple of this.
-_FP8_ALIGNMENT = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,10 +125,7 @@ class ElasticBuffer:
             handle = ElasticHandle(out.handle, topk_idx, out.handle.num_rows, places)
         if keep_fp8:
             self._received = out
-            # As in TokenDispatcher.dispatch_fp8: whoever computes with it sees that.
-            rows = x.new_full((1, 1), torch.nan).expand(out.x.shape)
-        else:
-            rows = out.x if out.scale is None else dequantize_blocks(out.x, out.scale, x.dtype)
+        rows = stand_in(out.x, x.dtype) if keep_fp8 else dequantized(out.x, out.scale, x.dtype)
         return rows, None, out.topk_weights, handle, None
 
     def take_fp8(self) -> DispatchOutput:
@@ -169,7 +165,7 @@ class ElasticBuffer:
             self._owner = session
             shape: dict[str, Any] = dict(self._shape)
             if session.options.fp8_experts:
-                shape |= {"expert_alignment": _FP8_ALIGNMENT if x.is_cuda else 1, "power_of_two_scales": True}
+                shape |= {"expert_alignment": row_multiple(x.device), "power_of_two_scales": True}
             self._buffer = session.open_buffer(
                 self._group, num_experts=num_experts, dtype=x.dtype, device=x.device.type, **shape
             )

@@ -13,13 +13,11 @@ from ...config import MAX_TOPK
 from ...dispatcher import TokenDispatcher
 from ...errors import ConfigError
 from ...fp8 import Fp8Rows
+from ...fp8_experts import row_multiple
 from ...handle import DispatchHandle
 from ..session import Session
 from .options import Options
 from .routing import topk_routing
-
-FP8_ALIGNMENT = 16
-"""Rows of an expert that FP8 matrix products on GPUs want a multiple of."""
 
 
 class CommManager:
@@ -69,7 +67,7 @@ class CommManager:
         rows = tokens if self.token_owner is None else tokens.index_select(0, self.token_owner)
         alignment = 1
         if self.fp8:
-            alignment = self.expert_alignment or (FP8_ALIGNMENT if rows.is_cuda else 1)
+            alignment = self.expert_alignment or row_multiple(rows.device)
         self._dispatcher = self.session.dispatcher(
             self.group,
             num_experts=self.num_experts,
