@@ -155,6 +155,16 @@ struct LowLoader {
     }
     __syncwarp();
   }
+  // The first item's, before it may be read.
+  __device__ void prefetch() const {
+    if (!params.bulk_loads || items.first >= items.end || (threadIdx.x & 31) != 0) return;
+    const int token = items.first / params.chunks;
+    const int chunk = items.first - token * params.chunks;
+    const std::size_t first = static_cast<std::size_t>(token) * params.source.hidden +
+                              static_cast<std::size_t>(chunk) * params.chunk_elements;
+    bulk_prefetch(params.source.rows + first * params.element_bytes,
+                  static_cast<std::uint32_t>(elements(chunk) * params.element_bytes));
+  }
   __device__ void wait(int which, std::uint32_t parity) const {
     if (params.bulk_loads) barrier_wait(barriers + which, parity);
   }
@@ -167,36 +177,63 @@ struct LowLoader {
   }
 };
 
-// What a kernel begins with: everything that it needs from global memory before it can do anything, in one go.
+// What no operation changes, and what is empty at first, in shared memory. All threads, before what the stream has
+// queued ahead is over.
+__device__ void keep_constants(const LowDispatchParams& params, const LowShared& shared) {
+  const LowGroup& low = params.low;
+  const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll 1
+  for (int rank = thread; rank < low.group.num_ranks; rank += kThreads) {
+    std::uint8_t* base = low.group.bases[rank];
+    std::uint8_t* block = base + params.receive_offset;
+    shared.missing()[rank] = 0;
+    shared.heaps()[rank] = base;
+    shared.destinations()[rank] = Destination{block, reinterpret_cast<float*>(block + params.arrays.scales),
+                                              reinterpret_cast<float*>(block + params.arrays.weights),
+                                              reinterpret_cast<std::int64_t*>(block + params.arrays.indices)};
+  }
+#pragma unroll 1
+  for (int i = thread; i < low.group.num_experts; i += kThreads) {
+    shared.rank_of()[i] = low.group.rank_of_expert[i];
+    shared.local_of()[i] = low.group.local_of_expert[i];
+  }
+#pragma unroll 1
+  for (int bin = thread; bin < params.bins; bin += kThreads) shared.counts()[bin] = 0;
+  const int words = (params.count_warps * params.places + 1) / 2;
+#pragma unroll 1
+  for (int word = thread; word < words; word += kThreads) shared.at<std::uint32_t>(kCounters)[word] = 0;
+}
+
+// What the operation needs from global memory before it can do anything, asked for in one go.
 struct LowStart {
   static constexpr int kAtOnce = 2;
   std::uint32_t failed;
   std::uint32_t sequence;
   std::uint32_t since;
-  std::uint8_t* base;
   std::int64_t ids[kAtOnce];
-  std::int32_t rank_of;
-  std::int32_t local_of;
 
+  // Brings it closer, before it may be read. By few threads: a cache line each.
+  __device__ static void prefetch(const LowDispatchParams& params) {
+    const LowGroup& low = params.low;
+    const int thread = static_cast<int>(threadIdx.x);
+    const int lines = (params.num_tokens * params.topk + 15) / 16;
+    if (thread < lines) prefetch_to_l2(params.topk_idx + thread * 16);
+    if (thread == kThreads - 1) prefetch_to_l2(&low.group.state->failed);
+    if (thread == kThreads - 2) prefetch_to_l2(&low.state->sequence);
+    if (thread == kThreads - 3) prefetch_to_l2(low.masked_since);
+  }
   __device__ explicit LowStart(const LowDispatchParams& params) {
     const LowGroup& low = params.low;
     const int thread = static_cast<int>(threadIdx.x);
     const int routes = params.num_tokens * params.topk;
     failed = load_relaxed_device(&low.group.state->failed);
     sequence = load_relaxed_device(&low.state->sequence) + 1;
-    since = 0;
-    base = nullptr;
-    if (thread < low.group.num_ranks) {
-      since = load_relaxed_device(low.masked_since + thread);
-      base = low.group.bases[thread];
-    }
+    since = thread < low.group.num_ranks ? load_relaxed_device(low.masked_since + thread) : 0;
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int at = thread + i * kThreads;
       ids[i] = at < routes ? params.topk_idx[at] : -1;
     }
-    rank_of = thread < low.group.num_experts ? low.group.rank_of_expert[thread] : 0;
-    local_of = thread < low.group.num_experts ? low.group.local_of_expert[thread] : 0;
   }
 };
 
@@ -213,22 +250,16 @@ __device__ bool keep_start(const LowDispatchParams& params, const LowShared& sha
   const LowGroup& low = params.low;
   const int routes = params.num_tokens * params.topk;
   bool rare = false;
-  const auto keep_rank = [&](int rank, std::uint32_t since, std::uint8_t* base) {
+  const auto keep_rank = [&](int rank, std::uint32_t since) {
     const bool masked = is_masked(since, start.sequence);
     rare = rare || masked;
     shared.masked()[rank] = masked ? 1 : 0;
-    shared.missing()[rank] = 0;
-    shared.heaps()[rank] = base;
-    std::uint8_t* block = base + params.receive_offset;
-    shared.destinations()[rank] = Destination{block, reinterpret_cast<float*>(block + params.arrays.scales),
-                                              reinterpret_cast<float*>(block + params.arrays.weights),
-                                              reinterpret_cast<std::int64_t*>(block + params.arrays.indices)};
   };
-  int at = static_cast<int>(threadIdx.x);
-  if (at < low.group.num_ranks) keep_rank(at, start.since, start.base);
+  const int at = static_cast<int>(threadIdx.x);
+  if (at < low.group.num_ranks) keep_rank(at, start.since);
 #pragma unroll 1
   for (int rank = at + kThreads; rank < low.group.num_ranks; rank += kThreads) {
-    keep_rank(rank, load_relaxed_device(low.masked_since + rank), low.group.bases[rank]);
+    keep_rank(rank, load_relaxed_device(low.masked_since + rank));
   }
 #pragma unroll
   for (int i = 0; i < LowStart::kAtOnce; ++i) {
@@ -238,20 +269,6 @@ __device__ bool keep_start(const LowDispatchParams& params, const LowShared& sha
   for (int i = at + LowStart::kAtOnce * kThreads; i < routes; i += kThreads) {
     rare = keep_id(params, shared, i, params.topk_idx[i]) || rare;
   }
-  if (at < low.group.num_experts) {
-    shared.rank_of()[at] = start.rank_of;
-    shared.local_of()[at] = start.local_of;
-  }
-#pragma unroll 1
-  for (int i = at + kThreads; i < low.group.num_experts; i += kThreads) {
-    shared.rank_of()[i] = low.group.rank_of_expert[i];
-    shared.local_of()[i] = low.group.local_of_expert[i];
-  }
-#pragma unroll 1
-  for (int bin = at; bin < params.bins; bin += kThreads) shared.counts()[bin] = 0;
-  const int words = (params.count_warps * params.places + 1) / 2;
-#pragma unroll 1
-  for (int word = at; word < words; word += kThreads) shared.at<std::uint32_t>(kCounters)[word] = 0;
   return rare;
 }
 
@@ -866,9 +883,6 @@ __global__ void __launch_bounds__(kThreads, 1) low_dispatch_kernel(const __grid_
   extern __shared__ __align__(128) std::uint8_t memory[];
   const LowGroup& low = params.low;
   const Group& group = low.group;
-  wait_for_stream();
-  const LowStart start(params);
-  const std::uint32_t sequence = start.sequence;
   const LowShared shared{memory, params.offsets};
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x & 31;
@@ -884,6 +898,13 @@ __global__ void __launch_bounds__(kThreads, 1) low_dispatch_kernel(const __grid_
     fence_shared_to_bulk();
   }
   __syncwarp();
+  // What follows up to the wait takes its time while earlier kernels end, where they have let this one begin.
+  loader.prefetch();
+  LowStart::prefetch(params);
+  keep_constants(params, shared);
+  wait_for_stream();
+  const LowStart start(params);
+  const std::uint32_t sequence = start.sequence;
   if (blockIdx.x == gridDim.x - 1) clear_counts(params);
 #pragma unroll 1
   for (int i = 0; i < stages; ++i) loader.load(loader.items.first + i * kWarps, i);
@@ -1007,6 +1028,7 @@ __global__ void __launch_bounds__(kThreads, 1) low_dispatch_kernel(const __grid_
   }
   if (by_rank) clear_tail(params, shared, verdict.dropped);
   if (verdict.dropped && threadIdx.x == 0) low.state->gave_up[params.index] = sequence;
+  if (low.lets_next_begin) let_next_begin();
   bulk_wait_written();
   fence_bulk_to_global();
   __syncthreads();

@@ -88,7 +88,8 @@ struct LowGroup {
   // low_word().
   std::uint64_t* scale_words;
   bool mask_on_timeout;
-  bool starts_early;  // see launch_early()
+  bool starts_early;     // see launch_early()
+  bool lets_next_begin;  // before a dispatch ends
   std::int32_t num_local_experts;
 };
 

@@ -80,6 +80,13 @@ __device__ __forceinline__ void wait_for_stream() {
 #endif
 }
 
+// The kernel that comes next in the stream may begin, as far as it calls wait_for_stream() later; once for all blocks.
+__device__ __forceinline__ void let_next_begin() {
+#if defined(MOE_EP_BULK_COPIES)
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // A barrier of some warps of a block; __syncthreads is number 0.
 __device__ __forceinline__ void sync_some(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
@@ -161,6 +168,13 @@ __device__ __forceinline__ void bulk_load(void* to_shared, const void* from_glob
                    shared_address(to_shared)),
                "l"(from_global), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
+#endif
+}
+
+// A copy that will come soon: its lines are brought into L2.
+__device__ __forceinline__ void bulk_prefetch(const void* from_global, std::uint32_t bytes) {
+#if defined(MOE_EP_BULK_COPIES)
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from_global), "r"(bytes) : "memory");
 #endif
 }
 

@@ -218,3 +218,41 @@ def replayed_elsewhere(replays: int) -> int:
 
 def test_replays_on_other_streams(ranks):
     assert ranks(3).run(replayed_elsewhere, 100) == [100] * 3
+
+
+def between_large_kernels(wire: str, replays: int) -> int:
+    """Products that want every SM right before and behind a layer, on as many SMs a rank as there may be."""
+    mistakes = Mistakes()
+    with make_buffer(wire, timeout_s=10.0) as buffer:
+        layer = Layer(buffer, wire)
+        a, b = (torch.ones(2048, 2048, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+        product = torch.empty_like(a)
+
+        def step_of_a_model() -> torch.Tensor:
+            torch.mm(a, b, out=product)
+            # Nothing but the products is between the operations.
+            out = buffer.low_latency_dispatch(layer.x, layer.idx, wire=wire, async_op=False).wait()  # type: ignore[arg-type]
+            torch.mm(a, b, out=product)
+            rows = buffer.empty_rows(out.handle).fill_(1.0)
+            torch.mm(a, b, out=product)
+            return (
+                buffer.low_latency_combine(rows, layer.idx, layer.weights, out.handle, zero_copy=True, async_op=False)
+                .wait()
+                .x
+            )
+
+        graph, got = capture(step_of_a_model)
+        for step in range(1, replays + 1):
+            layer.load(step)
+            graph.replay()
+            want = torch.where(layer.idx >= 0, layer.weights, 0.0).sum(1, keepdim=True)
+            mistakes.compare(got, want.expand(-1, WIDTH).bfloat16())
+        buffer.check()
+        assert mistakes.none() and got.any()
+    return replays
+
+
+@pytest.mark.parametrize("wire", ["bf16", "fp8"])
+def test_large_kernels_before_and_behind(ranks, wire):
+    """A kernel that begins before the one ahead has ended must leave room for the other ranks' kernels."""
+    assert ranks(8).run(between_large_kernels, wire, 100) == [100] * 8
