@@ -164,6 +164,24 @@ def operand(
     return te.storage(*rows, *(columns or (None, None)), te.e4m3, made_by, False, fake_dtype=dtype)
 
 
+_TENSORS = ("rowwise_data", "rowwise_scale_inv", "columnwise_data", "columnwise_scale_inv")
+
+
+def take_apart(operands: Sequence[Any]) -> tuple[list[dict[str, Any]], list[torch.Tensor | None]]:
+    """Return what operands are made of but tensors, and their tensors, which autograd can save.
+
+    See :func:`put_together`. The operands stay as they are: others may use them.
+    """
+    frames = [dict(operand.get_metadata()) for operand in operands]
+    return frames, [frame.pop(name) for frame in frames for name in _TENSORS]
+
+
+def put_together(frames: Sequence[dict[str, Any]], tensors: Sequence[torch.Tensor | None]) -> list[Any]:
+    """Return the operands that :func:`take_apart` took apart."""
+    te, each = load(), iter(tensors)
+    return [te.storage(**{name: next(each) for name in _TENSORS}, **frame) for frame in frames]
+
+
 def split_quantize(x: torch.Tensor, counts: Sequence[int], by: Any) -> list[Any]:
     """Quantise each expert's rows of [sum(counts), n] by a :func:`quantizer`, with one kernel or a few."""
     quantizers = [by.copy() for _ in counts]

@@ -216,7 +216,7 @@ class Fp8GroupedLinear(nn.Module):
             limit = f"there are {self.num_gemms} local experts"
             raise ConfigError.of("tokens_per_expert", counts, limit, "pass a count for each")
         check_counts(counts, len(values))
-        weights = [self.weight(index) for index in range(self.num_gemms)]
+        weights: list[torch.Tensor] = [self.weight(index) for index in range(self.num_gemms)]
         function: Any = _GroupedLinear
         if _uses_te(self.recipe, values.device, weights[0].dtype):
             fp8_te.check(values, counts, self)
@@ -224,6 +224,9 @@ class Fp8GroupedLinear(nn.Module):
         elif not isinstance(rows, Fp8Rows):
             rows = quantize_rows(rows, power_of_two=self.recipe.power_of_two_scales)
         grad_rows = rows.grad_rows if isinstance(rows, Fp8Rows) else rows
+        if not torch.is_grad_enabled():
+            # Inside the function that can't be told, and it would make what a backward needs.
+            grad_rows, weights = None, [weight.detach() for weight in weights]
         out: torch.Tensor = function.apply(grad_rows, rows, counts, self, *weights)
         return out
 

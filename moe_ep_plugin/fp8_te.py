@@ -142,16 +142,17 @@ class GroupedLinear(torch.autograd.Function):
         if total:
             _te.grouped_gemm(quantized.operands, inputs, [out[:total]], "TN", counts, grad=False)
         ctx.layer, ctx.counts, ctx.num_rows = layer, counts, num_rows
-        # Not parameters and not results of this function, so autograd has nothing to watch in them.
-        ctx.weights = quantized.operands if needs_input else None
-        # What weight gradients are computed from.
-        ctx.inputs = None
         if by_columns:
             for operand in inputs:
                 operand.update_usage(rowwise_usage=False, columnwise_usage=True)
-            ctx.inputs = inputs
-        elif needs_weights:
-            ctx.inputs = rows if isinstance(rows, Fp8Rows) else rows.detach()
+        # Saved as tensors, so that autograd lets go of them after a backward, and activation checkpointing at once.
+        ctx.weights, of_weights = _te.take_apart(quantized.operands if needs_input else [])
+        ctx.inputs, of_inputs = _te.take_apart(inputs if by_columns else [])
+        received: list[torch.Tensor] = []
+        if needs_weights and not by_columns:
+            received = [rows.data, rows.scale] if isinstance(rows, Fp8Rows) else [rows]
+        ctx.save_for_backward(*of_weights, *of_inputs, *received)
+        ctx.sizes = len(of_weights), len(of_inputs)
         return out
 
     @staticmethod
@@ -160,6 +161,11 @@ class GroupedLinear(torch.autograd.Function):
         """Returns the rows' gradient, and those of the weights unless they are delayed."""
         layer: Fp8GroupedLinear = ctx.layer
         recipe, counts, total = layer.recipe, ctx.counts, sum(ctx.counts)
+        # Read once: under activation checkpointing every read would recompute.
+        saved, (num_weights, num_inputs) = ctx.saved_tensors, ctx.sizes
+        weights = _te.put_together(ctx.weights, saved[:num_weights])
+        inputs = _te.put_together(ctx.inputs, saved[num_weights : num_weights + num_inputs])
+        received = saved[num_weights + num_inputs :]
         needs_input, needed = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
         dy = grad[:total].contiguous()
         in_fp8 = recipe.gradients == "fp8"
@@ -174,15 +180,19 @@ class GroupedLinear(torch.autograd.Function):
             grad_rows = torch.empty(ctx.num_rows, layer.in_features, dtype=grad.dtype, device=grad.device)
             grad_rows[total:].zero_()
             if in_fp8 and total:
-                _te.grouped_gemm(ctx.weights, parts, [grad_rows[:total]], "NN", counts, grad=True)
+                _te.grouped_gemm(weights, parts, [grad_rows[:total]], "NN", counts, grad=True)
             elif total:
                 for dx, part, weight in zip(
-                    split_rows(grad_rows, counts), split_rows(dy, counts), ctx.weights, strict=True
+                    split_rows(grad_rows, counts), split_rows(dy, counts), weights, strict=True
                 ):
                     torch.mm(part, weight.dequantize(dtype=grad.dtype), out=dx)
         grads: list[torch.Tensor | None] = [None] * layer.num_gemms
         if any(needed):
-            work = _Fp8WeightGrad(ctx.inputs, parts, counts) if in_fp8 else _WideWeightGrad(ctx.inputs, dy, counts)
+            work: _Fp8WeightGrad | _WideWeightGrad
+            if in_fp8:
+                work = _Fp8WeightGrad(inputs, parts, counts)
+            else:
+                work = _WideWeightGrad(Fp8Rows(*received) if len(received) > 1 else received[0], dy, counts)
             if recipe.delay_weight_grad:
                 layer.delayed.append(work)
             else:
