@@ -157,7 +157,11 @@ def test_options_change_only_while_no_buffer_is_open() -> None:
 INSTALLED = """
 import copy, dataclasses, pickle, sys
 from moe_ep_plugin.integrations.megatron import current_session, enable_cpu, install, statistics, uninstall
+from megatron.core.transformer import torch_norm, transformer_block
+# As where TransformerEngine is installed.
+transformer_block.LayerNormImpl = type("TENorm", (), {})
 enable_cpu(); enable_cpu()
+assert transformer_block.LayerNormImpl is torch_norm.WrappedTorchNorm
 from megatron.core.transformer.moe import moe_layer
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 before = moe_layer.MoEFlexTokenDispatcher, TransformerConfig.__post_init__, moe_layer.MoELayer.set_layer_number

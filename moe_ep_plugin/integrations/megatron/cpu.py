@@ -2,7 +2,7 @@
 
 Megatron-Core asks ``torch.cuda`` for devices, random states and streams even where its tensors are on the
 CPU. :func:`enable_cpu` gives those questions CPU answers. It changes the process (names in ``torch.cuda``,
-``torch.Tensor.cuda``, three Megatron functions), so nothing calls it by itself where a GPU is present, and it
+``torch.Tensor.cuda``, four names of Megatron), so nothing calls it by itself where a GPU is present, and it
 refuses to run there.
 """
 
@@ -164,6 +164,11 @@ def _megatron_fixes() -> None:
         if as_numpy and torch.is_tensor(tensor) and tensor.device.type == "cpu":
             return tensor.numpy()
         return move(tensor, as_numpy=as_numpy, record_stream=record_stream)
+
+    # Where TransformerEngine is installed this is its norm, whatever the layers are, and that computes on GPUs alone.
+    block = import_megatron("megatron.core.transformer.transformer_block")
+    norm = import_megatron("megatron.core.transformer.torch_norm").WrappedTorchNorm
+    _replace(block, "LayerNormImpl", norm)
 
     # It honours ``as_numpy`` for CUDA tensors only, and all_to_all_single refuses splits that are tensors.
     _replace(token_dispatcher, "maybe_move_tensor_to_cpu", maybe_move_tensor_to_cpu)
