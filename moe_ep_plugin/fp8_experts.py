@@ -346,6 +346,15 @@ def row_multiple(device: torch.device) -> int:
     return _te.ROW_MULTIPLE if device.type == "cuda" else 1
 
 
+def load_engine() -> None:
+    """Load TransformerEngine now, if there are GPUs and it is there; otherwise layers do it when they first compute.
+
+    It brings a build of cuDNN, which may fail to load once torch has loaded the libraries of another one.
+    """
+    if torch.cuda.is_available():
+        _te.why_not()
+
+
 def _uses_te(recipe: Fp8Recipe, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether TransformerEngine computes; raises where it must and can't."""
     if recipe.engine == "torch" or (recipe.engine == "auto" and device.type != "cuda"):

@@ -66,12 +66,21 @@ def quantize_weights(layer: Fp8GroupedLinear, weights: Sequence[torch.Tensor], c
         power_of_two_scales=recipe.power_of_two_scales,
     )
     by.internal = True
-    made = QuantizedWeights([by(weight.detach()) for weight in weights], columnwise)
+    made = QuantizedWeights([by(_aligned(weight.detach())) for weight in weights], columnwise)
     if layer.weights_changed is None:
         layer.kept_weights = None
     else:
         layer.kept_weights, layer.weights_changed = made, False
     return made
+
+
+def _aligned(weight: torch.Tensor) -> torch.Tensor:
+    """Where TransformerEngine's kernels can read it; a view of a flat buffer of parameters may begin anywhere."""
+    return (
+        weight
+        if weight.is_contiguous() and weight.data_ptr() % 16 == 0
+        else weight.clone(memory_format=torch.contiguous_format)
+    )
 
 
 @dataclass

@@ -123,6 +123,7 @@ class Quantizer:
     def __call__(self, x: torch.Tensor) -> Storage:
         # Not a refusal of TransformerEngine's: otherwise it makes a tensor subclass, which is slower.
         assert self.internal
+        assert x.is_contiguous() and x.data_ptr() % 16 == 0, "kernels read 16 bytes at a time"
         asked = Quantized(self.block_dims, self.rowwise, self.columnwise, self.power_of_two)
         self.record.append(asked)
         tiles = self.block_dims == 2

@@ -18,6 +18,8 @@ from moe_ep_plugin import (
     Fp8Rows,
     StateError,
     TokenDispatcher,
+    _te,
+    fp8_experts,
 )
 from moe_ep_plugin.fp8 import quantize_rows, quantize_tiles
 from moe_ep_plugin.fp8_experts import Fp8GroupedLinear
@@ -559,3 +561,12 @@ def test_training_ends_where_unquantised_training_does(ranks, host):
     print(f"loss {start:.3f} -> FP8 {quantised:.4f}, unquantised {plain:.4f}")
     assert plain < 0.6 * start
     assert abs(quantised / plain - 1) < 0.01
+
+
+@pytest.mark.parametrize("gpus", [True, False])
+def test_the_engine_is_loaded_where_there_are_gpus(monkeypatch: pytest.MonkeyPatch, gpus: bool) -> None:
+    looked: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    monkeypatch.setattr(_te, "why_not", lambda: looked.append(True))
+    fp8_experts.load_engine()
+    assert looked == [True] * gpus

@@ -326,6 +326,19 @@ def test_kept_weights(te: StandIn) -> None:
     assert times == [4, 4, 4, 4, 0, 0, 4, 4]
 
 
+def test_weights_may_begin_anywhere(te: StandIn) -> None:
+    """As in a flat buffer of parameters."""
+    want = run(make_layer(gradients="fp8"), dispatched(EXACT[0]), EXACT[1])
+    layer = make_layer(gradients="fp8")
+    for index in range(layer.num_gemms):
+        weight = layer.weight(index)
+        flat = weight.new_empty(weight.numel() + 1)
+        flat[1:] = weight.detach().flatten()
+        weight.data = flat[1:].view_as(weight)
+        assert weight.data_ptr() % 16 == 2
+    assert_equal(run(layer, dispatched(EXACT[0]), EXACT[1]), want)
+
+
 @both_gradients
 def test_a_row_of_nan_stays_alone(te: StandIn, gradients: Gradients) -> None:
     x, dy = EXACT

@@ -8,6 +8,9 @@ comes once per MoE layer and forward:
   by column, one kernel; the FP8 grouped GEMM.
 * bf16, permuted: dispatch in bf16 once a rank (layout "rank"), rows copied to expert-major order by an index that is
   ready, TransformerEngine's GroupedLinear under Float8BlockScaling, which quantises rows (by column too in training).
+* bf16, Megatron: the same dispatch, then what Megatron-Core's flex dispatcher does to get expert-major rows: a routing
+  map of the received ids, padded to multiples of 16, and TransformerEngine's fused permutation; then the same
+  GroupedLinear. Where Megatron-Core is installed.
 * bf16, direct: dispatch in bf16 to expert-major rows, then the same GroupedLinear. Nothing to permute: ours, but FP8.
 
 Weights are quantised once and kept by all of them, as in every micro-batch of a step but the first. *Training* runs
@@ -26,10 +29,12 @@ beside those of a bf16 all-to-all of every (token, expert).
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -148,6 +153,23 @@ class Case:
             start += count
         return order.to(self.device)
 
+    def megatrons_permute(self, counts: list[int]) -> Callable[[Any], torch.Tensor] | None:
+        """Rows of layout "rank" to padded expert-major order, by Megatron-Core; None where it can't."""
+        if self.device.type == "cpu" or importlib.util.find_spec("megatron") is None:
+            return None
+        from megatron.core.transformer.moe.moe_utils import pad_routing_map, permute
+        from megatron.core.transformer.moe.token_dispatcher import _DeepepManager
+
+        manager = SimpleNamespace(num_local_experts=self.options.local_experts)
+
+        def call(out: Any) -> torch.Tensor:
+            routed, probs = _DeepepManager._indices_to_multihot(manager, out.topk_idx, out.topk_weights)
+            routed = pad_routing_map(routed, _te.ROW_MULTIPLE)
+            rows: torch.Tensor = permute(out.x, routed, probs=probs, num_out_tokens=sum(counts), fused=True)[0]
+            return rows
+
+        return call
+
     def timed(self, call: Callable[[], object], calls: int) -> float:
         """Microseconds of a call back to back with others; the slowest rank."""
         dist.barrier()
@@ -178,6 +200,11 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.float() - want.float()).norm() / want.float().norm())
 
 
+def filled(routed: torch.Tensor, count: int) -> torch.Tensor:
+    """An expert's column of a routing map with as many of its first other rows as make up the count."""
+    return routed | (~routed & ((~routed).cumsum(0) <= count - int(routed.sum())))
+
+
 def run(case: Case, buffer: EpBuffer, outputs: int) -> dict[str, Any]:
     """Check and time everything with one buffer and one size of FC1."""
     options, x, idx, weights = case.options, case.x, case.idx, case.weights
@@ -199,18 +226,26 @@ def run(case: Case, buffer: EpBuffer, outputs: int) -> dict[str, Any]:
         out = dispatcher.dispatch(x, idx, weights)
         return theirs(out.x, out.tokens_per_expert.tolist())
 
+    by_megatron = case.megatrons_permute(counts)
+
+    def megatron() -> torch.Tensor:
+        assert by_megatron is not None
+        return theirs(by_megatron(dispatcher.dispatch(x, idx, weights, layout="rank")), counts)
+
     rows = Fp8Rows.from_dispatch(ready)
     flat = dispatcher.dispatch(x.detach(), idx, weights).x.clone()
     contestants: dict[str, Callable[[], object]] = {
         "ours": fp8,
         "bf16_permuted": permuted,
         "bf16_direct": direct,
+        **({} if by_megatron is None else {"bf16_megatron": megatron}),
         "gemm": lambda: ours(rows, counts),
         "dispatch_fp8": lambda: buffer.dispatch(x.detach(), idx, weights, wire="fp8"),
         "dispatch_bf16_rank": lambda: buffer.dispatch(x.detach(), idx, weights, layout="rank"),
         "dispatch_bf16": lambda: buffer.dispatch(x.detach(), idx, weights),
         "te_layer": lambda: theirs(flat, counts),
     }
+    wholes = ("ours", "bf16_permuted", "bf16_direct", "bf16_megatron")
     # Equal but for where padding rows, whose values nobody reads, come from.
     real = (rows.scale.abs().sum(1) > 0).nonzero()[:, 0]
     with torch.no_grad():
@@ -218,6 +253,16 @@ def run(case: Case, buffer: EpBuffer, outputs: int) -> dict[str, Any]:
     errors = {"ours against direct": relative(y, y_direct), "permuted against direct": relative(y_permuted, y_direct)}
     # One quantisation each, of the same values with the same scales: only the order of sums can differ.
     assert errors["permuted against direct"] < 0.02 and errors["ours against direct"] < 0.02, errors
+    if by_megatron is not None:
+        # Padding is between the rows here.
+        with torch.no_grad():
+            out = buffer.dispatch(x.detach(), idx, weights, layout="rank")
+            routed = (out.topk_idx[:, :, None] == torch.arange(options.local_experts, device=case.device)).any(1)  # type: ignore[index]
+            padded = torch.stack([filled(column, count) for column, count in zip(routed.t(), counts, strict=True)])
+            kept = routed.t()[padded]
+            errors["megatron against direct"] = relative(megatron()[kept], y_direct)
+            assert errors["megatron against direct"] < 0.02, errors
+            del out, routed, padded, kept
     del y, y_permuted, y_direct
 
     found: dict[str, Any] = {"errors": errors, "rows": int(len(real)), "rows_padded": sum(counts), "outputs": outputs}
@@ -231,7 +276,9 @@ def run(case: Case, buffer: EpBuffer, outputs: int) -> dict[str, Any]:
                         times[name].append(spent)
             buffer.check()
             found[mode] = {name: statistics.median(each) for name, each in times.items()}
-            found[mode]["peak_bytes"] = {name: case.peak_bytes(contestants[name]) for name in list(contestants)[:3]}
+            found[mode]["peak_bytes"] = {
+                name: case.peak_bytes(contestants[name]) for name in contestants if name in wholes
+            }
     for name in ("ours", "bf16_permuted", "bf16_direct"):
         before = buffer.stats.bytes_to_peers
         with torch.no_grad():
@@ -286,7 +333,7 @@ def show(results: dict[str, Any], case: Case) -> None:
         flops = 2 * rows * options.hidden * outputs
         for mode in ("training", "inference"):
             times = found[mode]
-            print(f"  {mode}, us a call of the slowest rank (bar: bf16_permuted at least {BAR} times ours):")
+            print(f"  {mode}, us a call of the slowest rank (bar: bf16 permuted at least {BAR} times ours):")
             for name, spent in times.items():
                 if name == "peak_bytes":
                     continue

@@ -17,7 +17,7 @@ import torch
 
 from ...errors import ConfigError
 from ...fp8 import Fp8Rows
-from ...fp8_experts import Fp8GroupedExperts, Fp8GroupedLinear, Fp8Recipe
+from ...fp8_experts import Fp8GroupedExperts, Fp8GroupedLinear, Fp8Recipe, load_engine
 from ..patching import Installation
 from .autoep import ElasticBuffer
 from .options import Options
@@ -160,6 +160,7 @@ def serve_fp8_experts(installation: Installation[Options]) -> None:
         build(layer, *args, **kwargs)
         if session.options.fp8_experts:
             check_layer(layer)
+            load_engine()
 
     @functools.wraps(run)
     def forward(layer: Any, *args: Any, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ...errors import ConfigError
+from ...fp8_experts import load_engine
 from ..patching import Installation
 from ..session import Session
 from .options import CONFIG_KEY, Options
@@ -40,6 +41,8 @@ def install(**options: Any) -> Session[Options]:
         ConfigError: An option is unknown, or is changed while buffers are open.
     """
     version = check_version()
+    if options.get("fp8_experts"):
+        load_engine()
     present = _installation()
     if present is not None:
         present.session.configure(**options)
