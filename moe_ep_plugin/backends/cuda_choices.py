@@ -36,7 +36,12 @@ def direct_moves_fewer_bytes(num_ranks: int, num_topk: int, link_share: float) -
 
 
 def check_sms(num_sms: int | None, device_sms: int, ranks_on_device: int) -> None:
-    """Ranks on one GPU wait for each other, so all their blocks must find room on it at the same time."""
+    """Ranks on one GPU wait for each other, so all their blocks must find room on it at the same time.
+
+    Under ``CUDA_MPS_ACTIVE_THREAD_PERCENTAGE`` a process sees its share of the SMs alone, and that is what counts:
+    nothing keeps the shares of two processes apart. Four with a quarter each, of whose 33 SMs a rank used 24, came to a
+    halt.
+    """
     if num_sms is not None and num_sms * ranks_on_device > device_sms:
         raise ConfigError.of(
             "num_sms",
