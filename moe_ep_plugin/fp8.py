@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -176,6 +177,27 @@ class Fp8Rows(_Blocks):
         top = torch.finfo(torch.float32).max
         return quantize_columns(self.dequantize(torch.float32).clamp(-top, top), power_of_two=power_of_two)
 
+    def to_transformer_engine(
+        self, columns: Fp8Cols | None = None, *, dtype: torch.dtype = torch.bfloat16, power_of_two_scales: bool = True
+    ) -> Any:
+        """The rows as TransformerEngine's ``Float8BlockwiseQTensor``, in blocks of 1 x 128. Copies no data.
+
+        Scales are copied unless they lie as :meth:`transposed_scale` says. For a grouped GEMM take one expert's rows at
+        a time (:meth:`split`).
+
+        Args:
+            columns: The same rows quantised by column (:meth:`columns`), for a weight gradient.
+            dtype: What the tensor presents itself as.
+            power_of_two_scales: Whether the scales are powers of two, which some GPUs need.
+
+        Raises:
+            BackendUnavailable: TransformerEngine can't be loaded.
+            ConfigError: ``columns`` has another shape than the rows.
+        """
+        from . import _te  # It imports this module.
+
+        return _te.rows_to_te(self, columns, dtype=dtype, power_of_two_scales=power_of_two_scales)
+
 
 @dataclass(frozen=True, eq=False)
 class Fp8Cols(_Blocks):
@@ -206,6 +228,20 @@ class Fp8Tiles(_Blocks):
         """[out_features, in_features] of ``dtype``: multiplied in fp32, then rounded."""
         by_row = self.scale.repeat_interleave(FP8_BLOCK, dim=0)[: self.data.shape[0]]
         return dequantize_blocks(self.data, by_row, dtype)
+
+    def to_transformer_engine(self, *, dtype: torch.dtype = torch.bfloat16, power_of_two_scales: bool = True) -> Any:
+        """The weight as TransformerEngine's ``Float8BlockwiseQTensor``, in blocks of 128 x 128. Copies no data.
+
+        Args:
+            dtype: What the tensor presents itself as.
+            power_of_two_scales: Whether the scales are powers of two, which some GPUs need.
+
+        Raises:
+            BackendUnavailable: TransformerEngine can't be loaded.
+        """
+        from . import _te  # It imports this module.
+
+        return _te.tiles_to_te(self, dtype=dtype, power_of_two_scales=power_of_two_scales)
 
 
 def quantize_rows(x: torch.Tensor, *, power_of_two: bool = False) -> Fp8Rows:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_ep_plugin import BackendUnavailable, ConfigError
-from moe_ep_plugin._te import load, rows_to_te, tiles_to_te
+from moe_ep_plugin._te import load
 from moe_ep_plugin.fp8 import Fp8Rows, quantize_rows, quantize_tiles
 
 BLOCKWISE = "transformer_engine.pytorch.tensor.float8_blockwise_tensor"
@@ -64,8 +64,8 @@ def test_without_transformer_engine(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", None)
     rows = quantize_rows(torch.ones(4, 128))
     for call in (
-        lambda: rows_to_te(rows, dtype=torch.bfloat16),
-        lambda: tiles_to_te(quantize_tiles(torch.ones(4, 128)), dtype=torch.bfloat16),
+        rows.to_transformer_engine,
+        quantize_tiles(torch.ones(4, 128)).to_transformer_engine,
     ):
         with pytest.raises(BackendUnavailable, match=r"install transformer-engine.*engine='torch'"):
             call()
@@ -75,7 +75,7 @@ def test_without_transformer_engine(monkeypatch):
 def test_rows_and_columns(te, num_rows):
     rows = quantize_rows(torch.randn(num_rows, 264), power_of_two=True)
     columns = rows.columns(power_of_two=True)
-    got = rows_to_te(rows, columns, dtype=torch.bfloat16)
+    got = rows.to_transformer_engine(columns)
     assert got.rowwise_data.dtype == got.columnwise_data.dtype == torch.uint8
     assert got.rowwise_data.data_ptr() == rows.data.data_ptr()
     assert got.columnwise_data.data_ptr() == columns.data.data_ptr()
@@ -87,12 +87,13 @@ def test_rows_and_columns(te, num_rows):
     assert torch.equal(got.rowwise_scale_inv[:, :num_rows], rows.scale.t())
     assert torch.equal(got.columnwise_scale_inv, columns.scale.t())
     assert (got.is_2D_scaled, got.quantizer.block_scaling_dim, got.quantizer.columnwise) == (False, 1, True)
+    assert got.dtype == torch.bfloat16
 
 
 def test_scales_in_its_order_are_not_copied(te):
     scale = torch.ones(2, 8)
     rows = Fp8Rows.from_transposed(torch.zeros(8, 256, dtype=torch.uint8), scale)
-    got = rows_to_te(rows, dtype=torch.bfloat16, power_of_two_scales=False)
+    got = rows.to_transformer_engine(power_of_two_scales=False)
     assert got.rowwise_scale_inv.data_ptr() == scale.data_ptr()
     assert got.columnwise_data is None
     assert got.columnwise_scale_inv is None
@@ -101,14 +102,14 @@ def test_scales_in_its_order_are_not_copied(te):
 
 def test_tiles(te):
     tiles = quantize_tiles(torch.randn(300, 264), power_of_two=True)
-    got = tiles_to_te(tiles, dtype=torch.bfloat16)
+    got = tiles.to_transformer_engine(dtype=torch.float16)
     assert got.rowwise_data.data_ptr() == tiles.data.data_ptr()
     assert got.rowwise_scale_inv.shape == (3, 4)
     assert torch.equal(got.rowwise_scale_inv[:, :3], tiles.scale)
-    assert (got.is_2D_scaled, got.quantizer.block_scaling_dim) == (True, 2)
+    assert (got.is_2D_scaled, got.quantizer.block_scaling_dim, got.dtype) == (True, 2, torch.float16)
 
 
 def test_columns_of_other_rows(te):
     rows = quantize_rows(torch.ones(4, 128))
     with pytest.raises(ConfigError, match=r"columns.data.shape is \[128, 5\]"):
-        rows_to_te(rows, quantize_rows(torch.ones(5, 128)).columns(), dtype=torch.bfloat16)
+        rows.to_transformer_engine(quantize_rows(torch.ones(5, 128)).columns())

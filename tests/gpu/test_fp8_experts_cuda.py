@@ -222,6 +222,21 @@ def quantises_as_the_cpu() -> dict[str, bool]:
     return same
 
 
+def as_its_tensors() -> dict[str, bool]:
+    """What TransformerEngine's tensors, made of ours, dequantise to, against ours."""
+    x = randn(1, 48, H)
+    rows, tiles = quantize_rows(x, power_of_two=True), quantize_tiles(x.t().contiguous(), power_of_two=True)
+    columns = rows.columns(power_of_two=True)
+    by_column = rows.to_transformer_engine(columns)
+    by_column.update_usage(rowwise_usage=False, columnwise_usage=True)
+    pairs = {
+        "rows": (rows.to_transformer_engine(), rows),
+        "columns": (by_column, columns),
+        "tiles": (tiles.to_transformer_engine(), tiles),
+    }
+    return {name: torch.equal(te.dequantize(), ours.dequantize(torch.bfloat16)) for name, (te, ours) in pairs.items()}
+
+
 def keeps_weights() -> None:
     experts = make_experts("small", gradients="fp8")
     rows = quantize_rows(randn(5, sum(COUNTS), H).requires_grad_(), power_of_two=True)
@@ -316,6 +331,10 @@ def test_refusals(ranks):
 def test_quantisation_is_that_of_the_cpu(ranks):
     (found,) = ranks(1).run(quantises_as_the_cpu)
     assert all(found.values()), found
+
+
+def test_its_tensors_hold_our_values(ranks):
+    assert ranks(1).run(as_its_tensors) == [{"rows": True, "columns": True, "tiles": True}]
 
 
 def test_weights_are_kept_where_asked_for(ranks):
