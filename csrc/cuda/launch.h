@@ -37,8 +37,8 @@ cudaError_t launch_low_combine(const LowCombineParams& params, int blocks, cudaS
 // Leaves out the ranks `first` + i whose bit i is set, from the next operation on.
 cudaError_t launch_low_mask(const LowGroup& low, std::uint64_t ranks, int first, cudaStream_t stream);
 
-// Launches a kernel that calls wait_for_stream() before it touches memory: on sm_90 and later its launch need not wait
-// for the end of what comes before it in the stream.
+// Launches a kernel that calls wait_for_stream() before it writes memory, or reads what other kernels may write: on
+// sm_90 and later its launch need not wait for the end of what comes before it in the stream.
 template <class... Parameters>
 cudaError_t launch_early(void (*kernel)(Parameters...), int blocks, int threads, std::size_t shared_bytes,
                          cudaStream_t stream, bool early, const Parameters&... parameters) {
