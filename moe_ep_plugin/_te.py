@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,20 +71,7 @@ def why_not() -> str | None:
 def rows_to_te(
     rows: Fp8Rows, columns: Fp8Cols | None = None, *, dtype: torch.dtype, power_of_two_scales: bool = True
 ) -> Any:
-    """Return one expert's rows as a ``Float8BlockwiseQTensor`` in blocks of 1 x 128. Copies no data.
-
-    Scales are copied unless they lie as TransformerEngine reads them, see ``transposed_scale``.
-
-    Args:
-        rows: [rows, hidden].
-        columns: The same rows quantised by column (:meth:`Fp8Rows.columns`), for a weight gradient.
-        dtype: What the tensor presents itself as.
-        power_of_two_scales: Whether the scales are powers of two, which some GPUs need.
-
-    Raises:
-        BackendUnavailable: TransformerEngine can't be loaded.
-        ConfigError: ``columns`` has another shape than ``rows``.
-    """
+    """See :meth:`Fp8Rows.to_transformer_engine`."""
     te = load()
     if columns is not None and columns.data.shape != rows.data.shape[::-1]:
         limit = f"rows.data.shape is {list(rows.data.shape)}"
@@ -103,16 +90,7 @@ def rows_to_te(
 
 
 def tiles_to_te(tiles: Fp8Tiles, *, dtype: torch.dtype, power_of_two_scales: bool = True) -> Any:
-    """Return a weight as a ``Float8BlockwiseQTensor`` in blocks of 128 x 128. Copies no data, but may copy scales.
-
-    Args:
-        tiles: [out_features, in_features].
-        dtype: What the tensor presents itself as.
-        power_of_two_scales: Whether the scales are powers of two, which some GPUs need.
-
-    Raises:
-        BackendUnavailable: TransformerEngine can't be loaded.
-    """
+    """See :meth:`Fp8Tiles.to_transformer_engine`."""
     te = load()
     padding = -tiles.scale.shape[1] % _SCALE_MULTIPLE
     return te.tensor(
@@ -176,10 +154,10 @@ def take_apart(operands: Sequence[Any]) -> tuple[list[dict[str, Any]], list[torc
     return frames, [frame.pop(name) for frame in frames for name in _TENSORS]
 
 
-def put_together(frames: Sequence[dict[str, Any]], tensors: Sequence[torch.Tensor | None]) -> list[Any]:
-    """Return the operands that :func:`take_apart` took apart."""
-    te, each = load(), iter(tensors)
-    return [te.storage(**{name: next(each) for name in _TENSORS}, **frame) for frame in frames]
+def put_together(frames: Sequence[dict[str, Any]], tensors: Iterator[torch.Tensor | None]) -> list[Any]:
+    """Return the operands that :func:`take_apart` took apart, of the next of the tensors."""
+    te = load()
+    return [te.storage(**{name: next(tensors) for name in _TENSORS}, **frame) for frame in frames]
 
 
 def split_quantize(x: torch.Tensor, counts: Sequence[int], by: Any) -> list[Any]:

@@ -230,7 +230,7 @@ class Fp8Tiles(_Blocks):
         return dequantize_blocks(self.data, by_row, dtype)
 
     def to_transformer_engine(self, *, dtype: torch.dtype = torch.bfloat16, power_of_two_scales: bool = True) -> Any:
-        """The weight as TransformerEngine's ``Float8BlockwiseQTensor``, in blocks of 128 x 128. Copies no data.
+        """The weight as TransformerEngine's ``Float8BlockwiseQTensor``, in blocks of 128 x 128. Copies scales, no data.
 
         Args:
             dtype: What the tensor presents itself as.

@@ -76,11 +76,9 @@ def quantize_weights(layer: Fp8GroupedLinear, weights: Sequence[torch.Tensor], c
 
 def _aligned(weight: torch.Tensor) -> torch.Tensor:
     """Where TransformerEngine's kernels can read it; a view of a flat buffer of parameters may begin anywhere."""
-    return (
-        weight
-        if weight.is_contiguous() and weight.data_ptr() % 16 == 0
-        else weight.clone(memory_format=torch.contiguous_format)
-    )
+    if weight.is_contiguous() and weight.data_ptr() % 16 == 0:
+        return weight
+    return weight.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass
@@ -161,7 +159,6 @@ class GroupedLinear(torch.autograd.Function):
         if needs_weights and not by_columns:
             received = [rows.data, rows.scale] if isinstance(rows, Fp8Rows) else [rows]
         ctx.save_for_backward(*of_weights, *of_inputs, *received)
-        ctx.sizes = len(of_weights), len(of_inputs)
         return out
 
     @staticmethod
@@ -171,10 +168,10 @@ class GroupedLinear(torch.autograd.Function):
         layer: Fp8GroupedLinear = ctx.layer
         recipe, counts, total = layer.recipe, ctx.counts, sum(ctx.counts)
         # Read once: under activation checkpointing every read would recompute.
-        saved, (num_weights, num_inputs) = ctx.saved_tensors, ctx.sizes
-        weights = _te.put_together(ctx.weights, saved[:num_weights])
-        inputs = _te.put_together(ctx.inputs, saved[num_weights : num_weights + num_inputs])
-        received = saved[num_weights + num_inputs :]
+        saved = iter(ctx.saved_tensors)
+        weights = _te.put_together(ctx.weights, saved)
+        inputs = _te.put_together(ctx.inputs, saved)
+        received = list(saved)
         needs_input, needed = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
         dy = grad[:total].contiguous()
         in_fp8 = recipe.gradients == "fp8"

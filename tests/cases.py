@@ -314,3 +314,9 @@ class Inputs:
 def bits(t: torch.Tensor) -> torch.Tensor:
     """The tensor's bits as integers, so that NaN equals itself and -0 differs from 0."""
     return t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.dtype.itemsize])
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Norm of the difference over that of what is wanted; where that is zero, the norm of what came."""
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).norm() / want.norm()) if want.any() else float(got.norm())

@@ -17,6 +17,7 @@ from moe_ep_plugin import ConfigError, Fp8GroupedExperts, Fp8Recipe, Fp8Rows, _t
 from moe_ep_plugin.fp8 import quantize_columns, quantize_rows, split_rows, stand_in
 from moe_ep_plugin.fp8_experts import Engine, Fp8GroupedLinear, Gradients, WeightBlock
 
+from .cases import relative
 from .te_stand_in import StandIn
 
 Results = dict[str, torch.Tensor]
@@ -105,11 +106,6 @@ def run(layer: Fp8GroupedLinear, rows: Fp8Rows | torch.Tensor, dy: torch.Tensor)
     layer.backward_dw()
     grads = {"rows": None if x is None else x.grad} | {name: weight.grad for name, weight in layer.named_parameters()}
     return {"y": y.detach()} | {name: grad for name, grad in grads.items() if grad is not None}
-
-
-def relative(got: torch.Tensor, want: torch.Tensor) -> float:
-    got, want = got.detach().double(), want.detach().double()
-    return float((got - want).norm() / want.norm()) if want.any() else float(got.norm())
 
 
 def assert_equal(got: Results, want: Results) -> None:
@@ -239,7 +235,8 @@ def test_received_rows_are_dropped_after_forward(te: StandIn, gradients: Gradien
 def test_inference_makes_nothing_for_a_backward(te: StandIn, mode: Callable[[], Any]) -> None:
     layer = make_layer(gradients="fp8")
     want = layer(dispatched(EXACT[0]), COUNTS)
-    te.quantized.clear(), te.gemms.clear()
+    te.quantized.clear()
+    te.gemms.clear()
     with mode():
         got = layer(dispatched(EXACT[0]), COUNTS)
     assert torch.equal(got, want) and not got.requires_grad

@@ -246,7 +246,7 @@ class Communicator {
   LowSlots low_slots(std::int32_t most_local_experts) const;
   std::size_t low_scale_words(const LowSlots& slots) const;
   std::int32_t scale_parts(const LowDispatchParams& params, int blocks) const;
-  bool finds_room() const;
+  bool next_leaves_room() const;
   void fill_low_group(LowState* state, std::uint64_t* scale_words, const LowSlots& slots);
   void follow_low_home(int index, cudaStream_t stream);
   void upload_rows(void* table, const void* from, std::size_t bytes);

@@ -44,14 +44,14 @@ void Communicator::fill_low_group(LowState* state, std::uint64_t* scale_words, c
   low_.masked_since = reinterpret_cast<std::uint32_t*>(state + 1);
   low_.mask_on_timeout = options_.mask_on_timeout;
   low_.starts_early = has_bulk_;
-  low_.lets_next_begin = has_bulk_ && finds_room();
+  low_.lets_next_begin = has_bulk_ && next_leaves_room();
   low_.num_local_experts = num_local_experts_;
 }
 
 // Whether a kernel that begins before a dispatch has ended leaves room for the other ranks on this GPU: each of those
 // that it waits for needs as many blocks at a time as post to the others, which are its first ones. At worst all other
 // ranks hold, beside a next kernel of the most blocks, the SM of the one that waits for rows.
-bool Communicator::finds_room() const {
+bool Communicator::next_leaves_room() const {
   const int ranks = options_.ranks_on_device;
   if (ranks == 1) return true;
   const int most = num_device_sms_ / ranks;

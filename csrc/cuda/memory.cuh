@@ -171,13 +171,6 @@ __device__ __forceinline__ void bulk_load(void* to_shared, const void* from_glob
 #endif
 }
 
-// A copy that will come soon: its lines are brought into L2.
-__device__ __forceinline__ void bulk_prefetch(const void* from_global, std::uint32_t bytes) {
-#if defined(MOE_EP_BULK_COPIES)
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from_global), "r"(bytes) : "memory");
-#endif
-}
-
 // The same, for what is read once: its lines are the first to leave L2.
 __device__ __forceinline__ void bulk_load_once(void* to_shared, const void* from_global, std::uint32_t bytes,
                                                std::uint64_t* barrier) {
@@ -189,6 +182,13 @@ __device__ __forceinline__ void bulk_load_once(void* to_shared, const void* from
           "r"(shared_address(to_shared)),
       "l"(from_global), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
+#endif
+}
+
+// A copy that will come soon: its lines are brought into L2.
+__device__ __forceinline__ void bulk_prefetch(const void* from_global, std::uint32_t bytes) {
+#if defined(MOE_EP_BULK_COPIES)
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from_global), "r"(bytes) : "memory");
 #endif
 }
 

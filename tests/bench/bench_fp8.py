@@ -333,7 +333,7 @@ def show(results: dict[str, Any], case: Case) -> None:
         flops = 2 * rows * options.hidden * outputs
         for mode in ("training", "inference"):
             times = found[mode]
-            print(f"  {mode}, us a call of the slowest rank (bar: bf16 permuted at least {BAR} times ours):")
+            print(f"  {mode}, us a call of the slowest rank (bar: bf16_permuted at least {BAR} times ours):")
             for name, spent in times.items():
                 if name == "peak_bytes":
                     continue

@@ -15,7 +15,7 @@ import torch
 
 from moe_ep_plugin import ConfigError, EpBuffer, EpConfig, Fp8GroupedExperts, Fp8Recipe, Fp8Rows, TokenDispatcher
 from moe_ep_plugin.fp8 import quantize_columns, quantize_rows, quantize_tiles
-from tests.cases import bits
+from tests.cases import bits, relative
 
 from .helpers import kernel_tests, needs_cuda
 
@@ -104,11 +104,6 @@ def run_te(experts: Fp8GroupedExperts, x: torch.Tensor, counts: list[int], dy: t
         for index in range(len(counts))
     }
     return {"y": y.detach(), "x": wide.grad, "probs": probs.grad, **grads}
-
-
-def relative(got: torch.Tensor, want: torch.Tensor) -> float:
-    got, want = got.double(), want.double()
-    return float((got - want).norm() / want.norm()) if want.norm() > 0 else float(got.norm())
 
 
 # On a rank

@@ -67,12 +67,18 @@ def _draw_weights(model: torch.nn.Module) -> None:
             parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
 
 
-def train(megatron: str, backend: str, dispatchers: tuple[str, ...]) -> dict[str, Any]:
-    """Losses by dtype and dispatcher, and what our buffers did."""
-    jobs, device = _start(megatron, backend)
+def move(model: torch.nn.Module, device: torch.device | str) -> None:
+    """To a device, where its inputs are to follow it."""
 
     def to_device(_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return tuple(t.to(device) for t in args), {name: t.to(device) for name, t in kwargs.items()}
+
+    model.to(device).register_forward_pre_hook(to_device, with_kwargs=True)
+
+
+def train(megatron: str, backend: str, dispatchers: tuple[str, ...]) -> dict[str, Any]:
+    """Losses by dtype and dispatcher, and what our buffers did."""
+    jobs, device = _start(megatron, backend)
 
     losses: dict[str, dict[str, list[float]]] = {dtype: {} for dtype in DTYPES}
     for name, dtype in DTYPES.items():
@@ -80,7 +86,7 @@ def train(megatron: str, backend: str, dispatchers: tuple[str, ...]) -> dict[str
             # The fused kernel is not part of Megatron-Core.
             model = jobs.make_model(dispatcher, params_dtype=dtype, masked_softmax_fusion=False)
             _draw_weights(model)
-            model.to(device).register_forward_pre_hook(to_device, with_kwargs=True)
+            move(model, device)
             losses[name][dispatcher] = jobs.train_model(model, STEPS)
     return {"losses": losses, "statistics": jobs.install().statistics()}
 
@@ -91,9 +97,6 @@ def train_fp8(megatron: str, backend: str) -> dict[str, Any]:
 
     jobs, device = _start(megatron, backend)
     from moe_ep_plugin.integrations.megatron.fp8_experts import use_fp8_experts
-
-    def to_device(_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return tuple(t.to(device) for t in args), {name: t.to(device) for name, t in kwargs.items()}
 
     sizes = {"hidden_size": 128, "ffn_hidden_size": 128, "moe_ffn_hidden_size": 128}
     engine = "te" if device.type == "cuda" and _te.why_not() is None else "torch"
@@ -108,7 +111,7 @@ def train_fp8(megatron: str, backend: str) -> dict[str, Any]:
         _draw_weights(model)
         if recipe is not None:
             assert use_fp8_experts(model, recipe) == 2
-        model.to(device).register_forward_pre_hook(to_device, with_kwargs=True)
+        move(model, device)
         losses[name] = jobs.train_model(model, STEPS)
     alignments = [buffer.config.expert_alignment for buffer in jobs.install().buffers]
     return {"losses": losses, "engine": engine, "alignments": alignments}

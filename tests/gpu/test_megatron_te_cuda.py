@@ -87,13 +87,9 @@ def _make_model(jobs: Any, backend: str, run: Run, sizes: Mapping[str, int]) -> 
     model = jobs.GPTModel(
         config, spec, vocab_size=jobs.VOCABULARY, max_sequence_length=jobs.SEQUENCE, position_embedding_type="rope"
     )
-
-    def start(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # As Megatron's schedules do; TransformerEngine would go on with the weights that it quantised at first.
-        model.set_is_first_microbatch()
-        return tuple(t.to(DEVICE) for t in args), {name: t.to(DEVICE) for name, t in kwargs.items()}
-
-    model.to(DEVICE).register_forward_pre_hook(start, with_kwargs=True)
+    test_megatron_cuda.move(model, DEVICE)
+    # As Megatron's schedules do; TransformerEngine would go on with the weights that it quantised at first.
+    model.register_forward_pre_hook(lambda model, _inputs: model.set_is_first_microbatch())
     return model
 
 

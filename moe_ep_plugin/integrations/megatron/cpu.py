@@ -165,10 +165,10 @@ def _megatron_fixes() -> None:
             return tensor.numpy()
         return move(tensor, as_numpy=as_numpy, record_stream=record_stream)
 
+    # It honours ``as_numpy`` for CUDA tensors only, and all_to_all_single refuses splits that are tensors.
+    _replace(token_dispatcher, "maybe_move_tensor_to_cpu", maybe_move_tensor_to_cpu)
+
     # Where TransformerEngine is installed this is its norm, whatever the layers are, and that computes on GPUs alone.
     block = import_megatron("megatron.core.transformer.transformer_block")
     norm = import_megatron("megatron.core.transformer.torch_norm").WrappedTorchNorm
     _replace(block, "LayerNormImpl", norm)
-
-    # It honours ``as_numpy`` for CUDA tensors only, and all_to_all_single refuses splits that are tensors.
-    _replace(token_dispatcher, "maybe_move_tensor_to_cpu", maybe_move_tensor_to_cpu)
