@@ -79,7 +79,8 @@ struct LowLayout {
   MOE_EP_HOST_DEVICE std::size_t header_words() const { return static_cast<int>(LowWord::kMask) + mask_words(); }
   MOE_EP_HOST_DEVICE std::size_t post_words() const { return header_words() + num_experts + num_ranks; }
   MOE_EP_HOST_DEVICE std::size_t post_stride() const {
-    return align_up(post_words() * sizeof(std::uint64_t), kCacheLine);
+    // GPUs read an odd count together with the word after it.
+    return align_up((post_words() + 1) * sizeof(std::uint64_t), kCacheLine);
   }
 
   // What `source` posts for a dispatch or a combine of set `index`.

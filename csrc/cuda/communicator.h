@@ -245,7 +245,7 @@ class Communicator {
   int most_low_blocks(int num_sms) const { return std::min(most_blocks(num_sms), kMostLowBlocks); }
   LowSlots low_slots(std::int32_t most_local_experts) const;
   std::size_t low_scale_words(const LowSlots& slots) const;
-  std::int32_t scale_parts(const LowDispatchParams& params, int blocks) const;
+  void plan_gathering(LowDispatchParams& params, int blocks) const;
   bool next_leaves_room() const;
   void fill_low_group(LowState* state, std::uint64_t* scale_words, const LowSlots& slots);
   void follow_low_home(int index, cudaStream_t stream);

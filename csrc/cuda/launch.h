@@ -27,8 +27,8 @@ cudaError_t launch_reduce(const ReduceParams& params, int blocks, cudaStream_t s
 
 // Low-latency mode.
 // Fills in what follows from the rest; returns the shared memory that it takes.
-std::size_t complete_low_dispatch(LowDispatchParams& params);
-std::size_t low_combine_shared_bytes(const LowCombineParams& params);
+std::size_t complete_low_dispatch(LowDispatchParams& params, int blocks);
+std::size_t complete_low_combine(LowCombineParams& params);
 cudaError_t prepare_low_dispatch(std::size_t most_shared_bytes);
 cudaError_t prepare_low_combine(std::size_t most_shared_bytes);
 // Without the send half, one block that waits.

@@ -2,6 +2,7 @@
 // with the token's own weights. Of rows in the heap nothing is told after the reads: they are written again only after
 // the rank's next dispatch into the same buffer, for which every peer has to have come past this combine. Rows in
 // registered memory are the caller's, who may write them as soon as the combine is over: so it ends when all have read.
+#include <algorithm>
 #include <type_traits>
 
 #include "cuda/launch.h"
@@ -15,50 +16,68 @@ namespace {
 
 constexpr Operation kOperation = Operation::kLowCombine;
 constexpr LowKind kKind = LowKind::kCombine;
+constexpr int kQuickSpins = 256;                                  // for a word, before looking what keeps it
+constexpr int kPostWords = static_cast<int>(LowWord::kBadRoute);  // what a combine has to say
+
+// Arrays in shared memory, in their order, as in low_dispatch.cu.
+enum LowArray : int {
+  kRowsOf,        // const std::uint8_t* [num_ranks]
+  kHeaps,         // std::uint8_t* [num_ranks]
+  kBarriers,      // std::uint64_t [pipeline.warps][pipeline.stages]
+  kCopyBarriers,  // std::uint64_t [kWarps][kCopyStages]
+  kScales,        // float [kWarps][kMostScalesAChunk]
+  kEnds,          // std::int32_t [num_local_experts + 1]
+  kPost,          // std::uint32_t [kPostWords] of this rank
+  kKept,          // KeptEntry [pipeline.warps][pipeline.stages][topk]
+  kMasked,        // std::uint8_t [num_ranks]
+  kLost,          // std::uint8_t [num_ranks]
+  kReady,         // std::uint8_t [num_ranks] whose rows are there when they have posted, or that are lost
+  kSegment,       // std::uint8_t [num_ranks] whether rows are in registered memory
+  kSomeSegments,  // std::uint8_t whether any are
+  kStages,        // rings of both parts: one is done with when the other begins
+  kNumArrays
+};
+static_assert(static_cast<int>(kNumArrays) + 1 == kLowCombineOffsets, "an offset an array, and their end");
+
+// An entry of a token whose rows are on their way.
+struct KeptEntry {
+  std::int32_t rank;  // -1: it is past the last one
+  float factor;
+};
 
 struct LowCombineShared {
-  const std::uint8_t** rows;     // [num_ranks]
-  std::uint8_t** heaps;          // [num_ranks]
-  std::uint64_t* barriers;       // [warps][stages]
-  std::uint64_t* copy_barriers;  // [kWarps][kCopyStages]
-  float* scales;                 // [kWarps][kMostScalesAChunk]
-  std::int32_t* ends;            // [num_local_experts]
-  std::uint8_t* masked;          // [num_ranks]
-  std::uint8_t* lost;            // [num_ranks]
-  std::uint8_t* ready;           // [num_ranks] whose rows are there when they have posted, or that are lost
-  std::uint8_t* segment;         // [num_ranks] whether rows are in registered memory
-  std::uint8_t* some_segments;   // whether any are
-  std::uint8_t* stages;          // rings of both parts: one is done with when the other begins
+  std::uint8_t* base;
+  const std::uint32_t* offsets;
 
-  __host__ __device__ static std::size_t fixed_bytes(const LowCombineParams& params) {
-    const std::size_t ranks = static_cast<std::size_t>(params.low.group.num_ranks);
-    const std::size_t words = 2 * ranks + static_cast<std::size_t>(params.pipeline.warps * params.pipeline.stages);
-    return align_up(words * sizeof(void*) + CopyRing::kSideBytes +
-                        (static_cast<std::size_t>(params.low.num_local_experts) + 1) * sizeof(std::int32_t) +
-                        4 * ranks + 1,
-                    128);
+  template <class T>
+  __device__ T* at(LowArray array) const {
+    return reinterpret_cast<T*>(base + offsets[array]);
   }
-  __host__ static std::size_t bytes(const LowCombineParams& params) {
-    const bool reduces = params.pipeline.use_bulk && (params.halves & kLowReceive) != 0;
-    const std::size_t stage = static_cast<std::size_t>(params.topk) * params.pipeline.chunk_bytes;
-    const std::size_t ring = reduces ? stage * params.pipeline.warps * params.pipeline.stages : 0;
-    const std::size_t copy = params.pipeline.use_bulk && params.rows != nullptr ? CopyRing::kBytes : 0;
-    return fixed_bytes(params) + (ring > copy ? ring : copy);
+  __device__ const std::uint8_t** rows() const { return at<const std::uint8_t*>(kRowsOf); }
+  __device__ std::uint8_t** heaps() const { return at<std::uint8_t*>(kHeaps); }
+  __device__ std::uint64_t* copy_barriers() const { return at<std::uint64_t>(kCopyBarriers); }
+  __device__ std::uint32_t* post() const { return at<std::uint32_t>(kPost); }
+  __device__ std::uint8_t* masked() const { return at<std::uint8_t>(kMasked); }
+  __device__ std::uint8_t* lost() const { return at<std::uint8_t>(kLost); }
+  __device__ std::uint8_t* ready() const { return at<std::uint8_t>(kReady); }
+  __device__ std::uint8_t* segment() const { return at<std::uint8_t>(kSegment); }
+  __device__ std::uint8_t* some_segments() const { return at<std::uint8_t>(kSomeSegments); }
+};
+
+// A chunk of a token, of which a warp takes every so many-th.
+struct LowItem {
+  int token;
+  int chunk;
+  __device__ LowItem(const LowCombineParams& params, int item) {
+    token = params.chunks == 1 ? item : static_cast<int>(__umulhi(static_cast<unsigned>(item), params.chunks_inverse));
+    chunk = item - token * params.chunks;
   }
-  __device__ LowCombineShared(std::uint8_t* base, const LowCombineParams& params) {
-    const int ranks = params.low.group.num_ranks;
-    rows = reinterpret_cast<const std::uint8_t**>(base);
-    heaps = reinterpret_cast<std::uint8_t**>(base + ranks * sizeof(void*));
-    barriers = reinterpret_cast<std::uint64_t*>(heaps + ranks);
-    copy_barriers = barriers + params.pipeline.warps * params.pipeline.stages;
-    scales = reinterpret_cast<float*>(copy_barriers + kWarps * kCopyStages);
-    ends = reinterpret_cast<std::int32_t*>(scales + kWarps * kMostScalesAChunk);
-    masked = reinterpret_cast<std::uint8_t*>(ends + params.low.num_local_experts + 1);
-    lost = masked + ranks;
-    ready = lost + ranks;
-    segment = ready + ranks;
-    some_segments = segment + ranks;
-    stages = base + fixed_bytes(params);
+  __device__ void advance(const LowCombineParams& params) {
+    token += params.token_step;
+    chunk += params.chunk_step;
+    if (chunk < params.chunks) return;
+    chunk -= params.chunks;
+    ++token;
   }
 };
 
@@ -68,6 +87,26 @@ struct LowEntry {
   std::int16_t rank;  // -1: none
   float factor;
 };
+
+// What a lane knows of a token's route.
+struct LowRoute {
+  Entry entry;
+  float factor;
+  bool wanted;  // by the caller, still
+};
+
+// Where some routes in between are lost: the others move up.
+__device__ __noinline__ LowEntry move_up(LowEntry found) {
+  const int lane = threadIdx.x & 31;
+  const unsigned there = __ballot_sync(0xffffffffu, found.rank >= 0);
+  const int from = static_cast<int>(__fns(there, 0, lane + 1));
+  const bool some = lane < __popc(there);
+  found.slot = __shfl_sync(0xffffffffu, found.slot, some ? from : lane);
+  found.factor = __shfl_sync(0xffffffffu, found.factor, some ? from : lane);
+  const int rank = __shfl_sync(0xffffffffu, static_cast<int>(found.rank), some ? from : lane);
+  found.rank = static_cast<std::int16_t>(some ? rank : -1);
+  return found;
+}
 
 // See ReduceJob. Routes of ranks that are lost, and those that the caller leaves out, are passed over.
 struct LowJob {
@@ -83,42 +122,132 @@ struct LowJob {
   using LaneEntry = LowEntry;
 
   __device__ LowEntry entry(const ItemCursor& item) const {
-    return item.valid() ? entry_of(item.token) : LowEntry{-1, -1, 0.0f};
+    return item.valid() ? resolve(fetch(item.token)) : LowEntry{-1, -1, 0.0f};
   }
   __device__ float weight(const LowEntry& entry) const { return entry.factor; }
 
-  // All lanes: lane j's entry of a token.
-  __device__ LowEntry entry_of(int token) const {
+  // Asks for what lane j is to know of a token's route number j.
+  __device__ LowRoute fetch(int token) const {
     const int lane = threadIdx.x & 31;
+    LowRoute route{Entry{-1, -1, -1}, 1.0f, true};
+    if (lane >= topk || token >= params.num_tokens) return route;
     const int at = token * topk + lane;
-    Entry entry{-1, -1, -1};
-    float factor = 1.0f;
-    bool wanted = true;
-    if (lane < topk) {
-      entry = params.routing.entries[at];
-      if (params.has_weights) factor = params.weights[at];
-      wanted = params.topk_idx[at] == params.routing.ids[at];
-    }
+    route.entry = params.routing.entries[at];
+    if (params.has_weights) route.factor = params.weights[at];
+    route.wanted = params.topk_idx[at] == params.routing.ids[at];
+    return route;
+  }
+  // All lanes: lane j's entry of a token.
+  __device__ LowEntry resolve(const LowRoute& route) const {
+    LowEntry found{route.entry.slot, route.entry.rank, route.factor};
     if (params.low.row_layout == RowLayout::kExpert) {
-      const int position = entry.position >= 0 ? entry.position : 0;
-      const unsigned all_wanted = __ballot_sync(0xffffffffu, wanted);
-      factor = __shfl_sync(0xffffffffu, factor, position);
-      if ((all_wanted >> position & 1) == 0) entry.rank = -1;
+      const int position = max(static_cast<int>(route.entry.position), 0);
+      const unsigned wanted = __ballot_sync(0xffffffffu, route.wanted);
+      found.factor = __shfl_sync(0xffffffffu, route.factor, position);
+      if ((wanted >> position & 1) == 0) found.rank = -1;
     }
-    if (entry.rank >= 0 && lost[entry.rank] != 0) entry.rank = -1;
-    LowEntry found{entry.slot, entry.rank, factor};
-    const unsigned there = __ballot_sync(0xffffffffu, entry.rank >= 0);
-    // Usually the first ones; otherwise they move up.
-    if ((there & (there + 1)) == 0) return found;
-    const int from = static_cast<int>(__fns(there, 0, lane + 1));
-    const bool some = lane < __popc(there);
-    found.slot = __shfl_sync(0xffffffffu, found.slot, some ? from : lane);
-    found.factor = __shfl_sync(0xffffffffu, found.factor, some ? from : lane);
-    const int rank = __shfl_sync(0xffffffffu, static_cast<int>(found.rank), some ? from : lane);
-    found.rank = static_cast<std::int16_t>(some ? rank : -1);
-    return found;
+    if (found.rank >= 0 && lost[found.rank] != 0) found.rank = -1;
+    const unsigned there = __ballot_sync(0xffffffffu, found.rank >= 0);
+    // Usually the first ones.
+    return (there & (there + 1)) == 0 ? found : move_up(found);
   }
 };
+
+// As reduce_rows_bulk(), in less code: what a call with few tokens takes is the time in which code is fetched, see
+// low_dispatch.cu. An entry is found once, and kept until its rows are there.
+template <class R>
+__device__ inline void sum_rows(const LowJob& job, const LowCombineShared& shared) {
+  const LowCombineParams& params = job.params;
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x & 31;
+  if (warp >= params.pipeline.warps) return;
+  const int depth = params.pipeline.stages;
+  const int stage_bytes = job.topk * R::kChunk;
+  std::uint8_t* stages = shared.at<std::uint8_t>(kStages) + warp * depth * stage_bytes;
+  std::uint64_t* barriers = shared.at<std::uint64_t>(kBarriers) + warp * depth;
+  KeptEntry* kept = shared.at<KeptEntry>(kKept) + warp * depth * job.topk;
+  // A warp's barriers are its own: nobody else has to see them first.
+  if (lane == 0) {
+#pragma unroll 1
+    for (int i = 0; i < depth; ++i) barrier_init(barriers + i, 1);
+    fence_barrier_init();
+  }
+  fence_bulk_to_global();
+  __syncwarp();
+  LowItem loading(params, static_cast<int>(blockIdx.x) * params.pipeline.warps + warp);
+  LowItem item = loading;
+  LowRoute route = job.fetch(loading.token);
+  int on_their_way = 0;
+  int load_stage = 0;
+  int stage = 0;
+  std::uint32_t parity = 0;
+#pragma unroll 1
+  for (;;) {
+    if (loading.token < params.num_tokens) {
+      const LowEntry entry = job.resolve(route);
+      const int bytes = min(R::kChunk, params.row_bytes - loading.chunk * R::kChunk);
+      const int count = __popc(__ballot_sync(0xffffffffu, entry.rank >= 0));
+      if (lane < job.topk) kept[load_stage * job.topk + lane] = KeptEntry{entry.rank, job.weight(entry)};
+      if (lane == 0) barrier_arrive_expect(barriers + load_stage, static_cast<std::uint32_t>(count * bytes));
+      __syncwarp();
+      if (entry.rank >= 0) {
+        bulk_load_once(
+            stages + load_stage * stage_bytes + lane * R::kChunk,
+            job.rows[entry.rank] + static_cast<std::size_t>(entry.slot) * params.row_bytes + loading.chunk * R::kChunk,
+            static_cast<std::uint32_t>(bytes), barriers + load_stage);
+      }
+      if (++load_stage == depth) load_stage = 0;
+      loading.advance(params);
+      route = job.fetch(loading.token);
+      if (++on_their_way < depth) continue;
+    }
+    if (on_their_way == 0) break;
+    const std::uint8_t* data = stages + stage * stage_bytes + lane * 16;
+    const KeptEntry* entries = kept + stage * job.topk;
+    Sums<R> sums;
+    barrier_wait(barriers + stage, parity);
+    int last_rank = -1;
+#pragma unroll 1
+    for (int j = 0; j < job.topk; ++j) {
+      const int rank = entries[j].rank;
+      if (rank < 0) break;
+      const float factor = entries[j].factor;
+      uint4 vectors[R::kVectors];
+#pragma unroll
+      for (int v = 0; v < R::kVectors; ++v) {
+        vectors[v] = *reinterpret_cast<const uint4*>(data + j * R::kChunk + v * 512);
+      }
+      if constexpr (R::kPlain) {
+#pragma unroll
+        for (int v = 0; v < R::kVectors; ++v) sums.add_plain(v, vectors[v]);
+      } else if (rank != last_rank) {
+#pragma unroll
+        for (int v = 0; v < R::kVectors; ++v) sums.start_rank(v, vectors[v], factor);
+      } else {
+#pragma unroll
+        for (int v = 0; v < R::kVectors; ++v) sums.add(v, vectors[v], factor);
+      }
+      last_rank = rank;
+    }
+    std::uint8_t* out =
+        job.out +
+        static_cast<std::size_t>(static_cast<unsigned>(item.token)) * static_cast<unsigned>(params.row_bytes) +
+        item.chunk * R::kChunk + lane * 16;
+    const int left = params.row_bytes - item.chunk * R::kChunk - lane * 16;
+#pragma unroll
+    for (int v = 0; v < R::kVectors; ++v) {
+      if (v * 512 < left) store_streaming(reinterpret_cast<uint4*>(out + v * 512), sums.result(v));
+    }
+    // All lanes have read the stage: it may be loaded again.
+    __syncwarp();
+    item.advance(params);
+    --on_their_way;
+    if (++stage == depth) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+}
 
 // Rows of e4m3, dequantised: a warp takes 512 elements of a token, 16 a lane.
 template <class T>
@@ -269,94 +398,113 @@ __device__ __noinline__ bool await_posts(const LowCombineParams& params, const L
   bool failed = false;
 #pragma unroll 1
   for (int source = threadIdx.x; source < low.group.num_ranks; source += kThreads) {
-    if (shared.masked[source] != 0) continue;
+    if (shared.masked()[source] != 0) continue;
     std::uint64_t seen = 0;
-    const std::uint64_t* post = low_post_of(low, shared.heaps[low.group.rank], kKind, params.index, source);
+    const std::uint64_t* post = low_post_of(low, shared.heaps()[low.group.rank], kKind, params.index, source);
     failed = await_word(low, post, awaited, source, seen) == Wait::kFailed || failed;
   }
   return __syncthreads_or(failed) == 0;
 }
 
 // The rows of `source`, which are in registered memory number `segment` - 1; `offset` is the word that says where in
-// it. One thread. False: this rank has failed. `memory` is all of shared memory, as in finish_reading(): references to
-// its parts would keep these in local memory, in all of the kernel.
-__device__ __noinline__ bool find_rows(const LowCombineParams& params, std::uint8_t* memory,
-                                       const std::uint64_t* offset, std::uint32_t sequence, int source,
-                                       std::uint32_t segment) {
+// it. One thread. False: this rank has failed.
+__device__ inline bool find_rows(const LowCombineParams& params, const LowCombineShared& shared,
+                                 const std::uint64_t* offset, std::uint32_t sequence, int source,
+                                 std::uint32_t segment) {
   const LowGroup& low = params.low;
   if (source == low.group.rank) return true;
-  const LowCombineShared shared(memory, params);
   const LowAwaited awaited{kKind, params.index, sequence, Step::kPost};
   std::uint64_t seen = 0;
   const Wait wait = await_late_word(low, offset, awaited, source, seen);
-  if (wait == Wait::kMissing) shared.lost[source] = 1;
+  if (wait == Wait::kMissing) shared.lost()[source] = 1;
   if (wait != Wait::kCame) return wait == Wait::kMissing;
-  shared.segment[source] = 1;
-  *shared.some_segments = 1;
-  shared.rows[source] = low.segments[source * kMostRowSegments + static_cast<int>(segment) - 1] +
-                        static_cast<std::size_t>(low_value(seen)) * 16;
+  shared.segment()[source] = 1;
+  *shared.some_segments() = 1;
+  shared.rows()[source] = low.segments[source * kMostRowSegments + static_cast<int>(segment) - 1] +
+                          static_cast<std::size_t>(low_value(seen)) * 16;
   return true;
+}
+
+// How a look at a word of a post ended.
+enum LowLook : int { kLookFine = 0, kLookCopies = 1, kLookFailed = 2 };
+
+// A word of a post that is late, or says something that is not usual. One thread. `memory` is all of shared memory, as
+// in finish_reading(): a reference to the view of it would keep that in local memory, in all of the kernel.
+__device__ __noinline__ LowLook look_closer(const LowCombineParams& params, std::uint8_t* memory,
+                                            std::uint32_t sequence, const std::uint64_t* at, int source, int word) {
+  const LowCombineShared shared{memory, params.offsets};
+  const LowAwaited awaited{kKind, params.index, sequence, Step::kPost};
+  std::uint64_t seen = 0;
+  const Wait wait = await_word(params.low, at, awaited, source, seen);
+  if (wait == Wait::kMissing) shared.lost()[source] = 1;
+  if (wait != Wait::kCame) return wait == Wait::kFailed ? kLookFailed : kLookFine;
+  const std::uint32_t value = low_value(seen);
+  if (word == static_cast<int>(LowWord::kGaveUp) && value != 0) shared.lost()[source] = 1;
+  // A rank at a later combine of this dispatch has done this one: its rows are there, however it gives the later ones.
+  if (low_lead(seen, sequence) != 0) return kLookFine;
+  if (word == static_cast<int>(LowWord::kBlocks) && value > 0) {
+    shared.ready()[source] = 0;
+    return kLookCopies;
+  }
+  if (word == static_cast<int>(LowWord::kSegment) && value != 0) {
+    return find_rows(params, shared, at + 1, sequence, source, value) ? kLookFine : kLookFailed;
+  }
+  if (word >= kNumLowCompared || value == shared.post()[word]) return kLookFine;
+  const std::int64_t values[kReportValues] = {source, word, value, shared.post()[word]};
+  record_failure(params.low.group, Outcome::kMismatch, kOperation, sequence, values);
+  return kLookFailed;
+}
+
+// Rows that ranks copy to where they are read. All threads; ends with a barrier. False: this rank has failed.
+__device__ __noinline__ bool await_copies(const LowCombineParams& params, std::uint8_t* memory,
+                                          std::uint32_t sequence) {
+  const LowCombineShared shared{memory, params.offsets};
+  bool came = true;
+  await_arrivals(
+      params.low, shared.heaps()[params.low.group.rank], kKind, params.index, sequence, shared.ready(),
+      [](int) { return 0; },
+      [&](int source, Wait wait, std::uint32_t) {
+        came = came && wait != Wait::kFailed;
+        if (wait == Wait::kMissing) shared.lost()[source] = 1;
+      });
+  return __syncthreads_and(came) != 0;
 }
 
 // Waits for what all ranks post, and for their rows. Which ones bring nothing is in `lost` then, and where rows are in
 // `rows`. All threads; ends with a barrier. False: this rank has failed.
 __device__ bool await_rows(const LowCombineParams& params, const LowCombineShared& shared, std::uint8_t* memory,
-                           std::uint32_t sequence, const LowPost& mine) {
-  const LowGroup& low = params.low;
-  const Group& group = low.group;
+                           std::uint32_t sequence) {
+  const Group& group = params.low.group;
   constexpr int kWords = static_cast<int>(LowWord::kSegment) + 1;
-  const std::uint64_t* posts = low_post_of(low, shared.heaps[group.rank], kKind, params.index, 0);
-  const std::size_t stride = low.layout.post_stride() / sizeof(std::uint64_t);
-  const LowAwaited awaited{kKind, params.index, sequence, Step::kPost};
+  const auto* posts = reinterpret_cast<const std::uint64_t*>(shared.heaps()[group.rank] + params.posts_offset);
   bool failed = false;
   bool copies = false;
+  // Half a warp a rank.
+  static_assert(kWords <= 16, "a thread a word");
+  const int word = static_cast<int>(threadIdx.x & 15);
 #pragma unroll 1
-  for (int i = threadIdx.x; i < group.num_ranks * kWords; i += kThreads) {
-    const int source = i / kWords;
-    const int word = i % kWords;
-    if (word == static_cast<int>(LowWord::kBlocks)) shared.ready[source] = 1;
-    if (word == static_cast<int>(LowWord::kSegment)) shared.segment[source] = 0;
-    if (shared.masked[source] != 0) continue;
-    std::uint64_t seen = 0;
-    const Wait wait = await_word(low, posts + source * stride + word, awaited, source, seen);
-    failed = failed || wait == Wait::kFailed;
-    if (wait == Wait::kMissing) shared.lost[source] = 1;
-    if (wait != Wait::kCame) continue;
-    const std::uint32_t value = low_value(seen);
-    // A rank at a later combine of this dispatch has done this one: its rows are there, however it gives the later
-    // ones.
-    if (word == static_cast<int>(LowWord::kBlocks) && value > 0 && low_lead(seen, sequence) == 0) {
-      copies = true;
-      shared.ready[source] = 0;
-    }
-    if (word == static_cast<int>(LowWord::kGaveUp) && value != 0) shared.lost[source] = 1;
-    if (word == static_cast<int>(LowWord::kSegment) && value != 0 && low_lead(seen, sequence) == 0) {
-      failed = !find_rows(params, memory, posts + source * stride + word + 1, sequence, source, value) || failed;
-    }
-    if (word >= kNumLowCompared || low_lead(seen, sequence) != 0) continue;
-    const std::uint32_t here = reinterpret_cast<const std::uint32_t*>(&mine)[word];
-    if (value == here) continue;
-    const std::int64_t values[kReportValues] = {source, word, value, here};
-    record_failure(group, Outcome::kMismatch, kOperation, sequence, values);
-    failed = true;
+  for (int source = static_cast<int>(threadIdx.x / 16); source < group.num_ranks; source += kThreads / 16) {
+    if (word >= kWords || shared.masked()[source] != 0) continue;
+    const std::uint64_t* at = posts + source * params.post_stride + word;
+    std::uint64_t seen = load_acquire_system(at);
+#pragma unroll 1
+    for (int spin = 0; spin < kQuickSpins && low_lead(seen, sequence) != 0; ++spin) seen = load_acquire_system(at);
+    const std::uint32_t usual = word < kNumLowCompared ? shared.post()[word] : 0;
+    if (low_lead(seen, sequence) == 0 && low_value(seen) == usual) continue;
+    const LowLook look = look_closer(params, memory, sequence, at, source, word);
+    failed = failed || look == kLookFailed;
+    copies = copies || look == kLookCopies;
   }
   if (__syncthreads_or(failed || copies) == 0) return true;
   if (__syncthreads_or(failed) != 0) return false;
-  bool came = true;
-  await_arrivals(
-      low, shared.heaps[group.rank], kKind, params.index, sequence, shared.ready, [](int) { return 0; },
-      [&](int source, Wait wait, std::uint32_t) {
-        came = came && wait != Wait::kFailed;
-        if (wait == Wait::kMissing) shared.lost[source] = 1;
-      });
-  return __syncthreads_and(came) != 0;
+  return await_copies(params, memory, sequence);
 }
 
 // The end of a combine of which some rows are in registered memory: their owners are told that this rank has read them,
 // and this rank, if it owns some, waits until all others have. All threads of all blocks.
 __device__ __noinline__ void finish_reading(const LowCombineParams& params, std::uint8_t* memory,
                                             std::uint32_t sequence, bool waits) {
-  const LowCombineShared shared(memory, params);
+  const LowCombineShared shared{memory, params.offsets};
   const LowGroup& low = params.low;
   const auto index = static_cast<std::size_t>(params.index);
   const int rank = low.group.rank;
@@ -366,13 +514,13 @@ __device__ __noinline__ void finish_reading(const LowCombineParams& params, std:
   if (threadIdx.x == 0) last = atomicInc(&low.state->readers, gridDim.x - 1) == gridDim.x - 1;
   __syncthreads();
   if (!last) return;
-  const auto is_other = [&](int other) { return other != rank && shared.masked[other] == 0; };
+  const auto is_other = [&](int other) { return other != rank && shared.masked()[other] == 0; };
 #pragma unroll 1
   for (int other = threadIdx.x; other < low.group.num_ranks; other += kThreads) {
-    if (!is_other(other) || shared.segment[other] == 0) continue;
-    store_relaxed_system(
-        reinterpret_cast<std::uint64_t*>(shared.heaps[other] + low.layout.reads(index, static_cast<std::size_t>(rank))),
-        low_word(sequence, 1));
+    if (!is_other(other) || shared.segment()[other] == 0) continue;
+    store_relaxed_system(reinterpret_cast<std::uint64_t*>(shared.heaps()[other] +
+                                                          low.layout.reads(index, static_cast<std::size_t>(rank))),
+                         low_word(sequence, 1));
   }
   if (!waits) return;
   const LowAwaited awaited{kKind, params.index, sequence, Step::kRead};
@@ -381,7 +529,7 @@ __device__ __noinline__ void finish_reading(const LowCombineParams& params, std:
     if (!is_other(other)) continue;
     std::uint64_t seen = 0;
     await_late_word(low,
-                    reinterpret_cast<const std::uint64_t*>(shared.heaps[rank] +
+                    reinterpret_cast<const std::uint64_t*>(shared.heaps()[rank] +
                                                            low.layout.reads(index, static_cast<std::size_t>(other))),
                     awaited, other, seen);
   }
@@ -389,16 +537,39 @@ __device__ __noinline__ void finish_reading(const LowCombineParams& params, std:
 
 // The routes of a warp's first token, which it will want as soon as it has waited.
 __device__ void prefetch_routes(const LowCombineParams& params) {
-  const int row_bytes = params.hidden * static_cast<int>(element_bytes(params.element));
-  const int chunks = (row_bytes + kReduceChunk - 1) / kReduceChunk;
-  const int item = static_cast<int>(blockIdx.x) * params.pipeline.warps + static_cast<int>(threadIdx.x / 32);
-  const int token = item / chunks;
+  const LowItem item(params, static_cast<int>(blockIdx.x) * params.pipeline.warps + static_cast<int>(threadIdx.x / 32));
   const int lane = threadIdx.x & 31;
-  if (token >= params.num_tokens || lane >= 4) return;
-  const int at = token * params.topk;
-  const void* places[4] = {params.routing.entries + at, params.routing.ids + at, params.topk_idx + at,
-                           params.has_weights ? params.weights + at : nullptr};
-  if (places[lane] != nullptr) prefetch_to_l2(places[lane]);
+  if (item.token >= params.num_tokens || lane >= 4) return;
+  const int at = item.token * params.topk;
+  const void* place = params.routing.entries + at;
+  if (lane == 1) place = params.routing.ids + at;
+  if (lane == 2) place = params.topk_idx + at;
+  if (lane == 3 && params.has_weights) place = params.weights + at;
+  prefetch_to_l2(place);
+}
+
+// What a combine knows of a rank at first. `masks`: the operation whose masks count, as ranks that were left out since
+// the rows were sent are not waited for either. `own`: this rank's rows, unless they are in the heap.
+__device__ inline void keep_rank(const LowCombineParams& params, const LowCombineShared& shared, int rank,
+                                 std::uint32_t masks, std::uint32_t since, std::uint32_t their_drop, bool own_drop,
+                                 std::uint8_t* base, const std::uint8_t* own) {
+  const bool is_own = rank == params.low.group.rank;
+  const bool masked = is_masked(since, masks);
+  shared.heaps()[rank] = base;
+  shared.masked()[rank] = masked ? 1 : 0;
+  shared.lost()[rank] = masked || their_drop != 0 || (is_own && own_drop) ? 1 : 0;
+  shared.ready()[rank] = 1;
+  shared.segment()[rank] = 0;
+  shared.rows()[rank] = is_own && own != nullptr ? own : base + params.rows_offset;
+}
+__device__ __noinline__ void keep_more_ranks(const LowCombineParams& params, std::uint8_t* memory, std::uint32_t masks,
+                                             bool own_drop, const std::uint8_t* own) {
+  const LowCombineShared shared{memory, params.offsets};
+#pragma unroll 1
+  for (int rank = static_cast<int>(threadIdx.x) + kThreads; rank < params.low.group.num_ranks; rank += kThreads) {
+    keep_rank(params, shared, rank, masks, load_relaxed_device(params.low.masked_since + rank),
+              params.routing.gave_up[rank], own_drop, params.low.group.bases[rank], own);
+  }
 }
 
 // Where rows are, one kernel each: code that is not needed costs instruction fetches at every launch.
@@ -415,31 +586,21 @@ __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_c
   const Group& group = low.group;
   wait_for_stream();
   const LowCombineStart start(params);
-  const LowCombineShared shared(memory, params);
+  const LowCombineShared shared{memory, params.offsets};
   const bool sends = (params.halves & kLowSend) != 0;
   constexpr bool kCopies = kRows != Rows::kInPlace;
   constexpr bool kQuantizes = kRows == Rows::kQuantized;
   const std::uint32_t sequence = sends ? start.begun + 1 : start.header.combine_sequence;
   const bool gave_up = start.dropped == start.header.sequence;
-  const auto keep_rank = [&](int rank, std::uint32_t since, bool dropped, std::uint8_t* base) {
-    shared.heaps[rank] = base;
-    // Ranks that were left out since the rows were sent are not waited for either.
-    const bool masked = is_masked(since, sends ? sequence : start.begun);
-    shared.masked[rank] = masked ? 1 : 0;
-    shared.lost[rank] = masked || dropped || (rank == group.rank && gave_up) ? 1 : 0;
-    const bool elsewhere = rank == group.rank && kCopies && !kQuantizes;
-    shared.rows[rank] = elsewhere ? params.rows : base + params.rows_offset;
-  };
-  if (static_cast<int>(threadIdx.x) < group.num_ranks) {
-    keep_rank(static_cast<int>(threadIdx.x), start.since, start.gave_up != 0, start.base);
+  const std::uint32_t masks = sends ? sequence : start.begun;
+  const std::uint8_t* own = kCopies && !kQuantizes ? params.rows : nullptr;
+  if (const int rank = static_cast<int>(threadIdx.x); rank < group.num_ranks) {
+    keep_rank(params, shared, rank, masks, start.since, start.gave_up, gave_up, start.base, own);
   }
-#pragma unroll 1
-  for (int rank = static_cast<int>(threadIdx.x) + kThreads; rank < group.num_ranks; rank += kThreads) {
-    keep_rank(rank, load_relaxed_device(low.masked_since + rank), params.routing.gave_up[rank] != 0, group.bases[rank]);
-  }
+  if (group.num_ranks > kThreads) keep_more_ranks(params, memory, masks, gave_up, own);
   if (kCopies && sends && params.pipeline.use_bulk) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < kWarps * kCopyStages; i += kThreads) barrier_init(shared.copy_barriers + i, 1);
+    for (int i = threadIdx.x; i < kWarps * kCopyStages; i += kThreads) barrier_init(shared.copy_barriers() + i, 1);
     fence_barrier_init();
     fence_shared_to_bulk();
     fence_bulk_to_global();
@@ -449,26 +610,27 @@ __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_c
   const bool registered = kCopies && !kQuantizes && params.segment >= 0 && start.registered == params.segment_id;
   if (threadIdx.x == 0) {
     failed = start.failed;
-    *shared.some_segments = registered ? 1 : 0;
+    *shared.some_segments() = registered ? 1 : 0;
+  }
+  if (const int word = static_cast<int>(threadIdx.x); word < kPostWords) {
+    std::uint32_t value = params.post[word];
+    if (word == static_cast<int>(LowWord::kHandle)) value = start.header.sequence;
+    if (word == static_cast<int>(LowWord::kGaveUp)) value = gave_up ? 1 : 0;
+    if constexpr (kCopies) {
+      if (word == static_cast<int>(LowWord::kBlocks) && registered) value = 0;
+      if (word == static_cast<int>(LowWord::kSegment) && !registered) value = 0;
+    }
+    shared.post()[word] = value;
   }
   __syncthreads();
   if (failed != 0) return;
-  const LowPost post{static_cast<std::uint32_t>(kOperation),
-                     static_cast<std::uint32_t>(kQuantizes ? Element::kFloat8 : params.element),
-                     static_cast<std::uint32_t>(params.topk),
-                     params.has_weights ? 1u : 0u,
-                     static_cast<std::uint32_t>(params.index),
-                     start.header.sequence,
-                     kCopies && !registered ? static_cast<std::uint32_t>(params.send_blocks) : 0u,
-                     gave_up ? 1u : 0u,
-                     registered ? static_cast<std::uint32_t>(params.segment) + 1 : 0u,
-                     params.segment_offset};
   if (sends) {
     // Rows that are in place were written by earlier kernels; the threads that post release them.
     constexpr int kPosting = 32;
     if (threadIdx.x < kPosting && static_cast<int>(blockIdx.x) < group.num_ranks) {
       fence_for_peers(group);
-      publish_low_post(low, kKind, params.index, sequence, post, shared.heaps, shared.masked, nullptr, 0, kPosting);
+      publish_post(group, shared.heaps(), shared.masked(), params.posts_offset, params.post_stride, sequence,
+                   kPostWords, kPosting, [&](int word) { return shared.post()[word]; });
     }
     // By then every block has read the last one.
     if (threadIdx.x == kThreads - 1 && begin_operation(low, sequence)) {
@@ -478,24 +640,29 @@ __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_c
       // Of a dispatch that has been combined before, peers may still read what is about to be written.
       if (!registered && start.header.combine_sequence != 0 && !await_posts(params, shared, sequence)) return;
       if (!registered && static_cast<int>(blockIdx.x) < params.send_blocks) {
-        copy_rows<typename R::Element, kQuantizes>(params, shared.heaps[group.rank] + params.rows_offset,
-                                                   CopyRing{shared.stages, shared.copy_barriers, shared.scales},
-                                                   shared.ends);
+        copy_rows<typename R::Element, kQuantizes>(
+            params, shared.heaps()[group.rank] + params.rows_offset,
+            CopyRing{shared.at<std::uint8_t>(kStages), shared.copy_barriers(), shared.at<float>(kScales)},
+            shared.at<std::int32_t>(kEnds));
         __syncthreads();
-        signal_arrival(low, kKind, params.index, sequence, shared.heaps, shared.masked,
+        signal_arrival(low, kKind, params.index, sequence, shared.heaps(), shared.masked(),
                        static_cast<std::uint32_t>(params.send_blocks));
       }
     }
   }
   if ((params.halves & kLowReceive) == 0) return;
   prefetch_routes(params);
-  if (!await_rows(params, shared, memory, sequence, post)) return;
-  const LowJob job{params,      shared.lost,   params.num_tokens, params.topk,
-                   params.topk, params.hidden, shared.rows,       params.out};
+  if (!await_rows(params, shared, memory, sequence)) return;
+  const LowJob job{params,      shared.lost(), params.num_tokens, params.topk,
+                   params.topk, params.hidden, shared.rows(),     params.out};
   if constexpr (kQuantizes) {
     reduce_quantized<typename R::Element>(job);
   } else {
-    reduce_rows<R>(job, params.pipeline, ReduceRing{shared.stages, shared.barriers});
+#if defined(MOE_EP_BULK_COPIES)
+    sum_rows<R>(job, shared);
+#else
+    reduce_rows_vector<R>(job);
+#endif
   }
   // By warps that have no part in that, if there are any.
   const int warp = threadIdx.x / 32;
@@ -506,7 +673,7 @@ __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_c
               static_cast<int>(gridDim.x) * (kWarps - first));
   }
   if constexpr (!kQuantizes) {
-    if (*shared.some_segments != 0) finish_reading(params, memory, sequence, registered);
+    if (*shared.some_segments() != 0) finish_reading(params, memory, sequence, registered);
   }
 }
 
@@ -549,10 +716,50 @@ cudaError_t prepare_low_combine(std::size_t most_shared_bytes) {
   return cudaSuccess;
 }
 
-std::size_t low_combine_shared_bytes(const LowCombineParams& params) { return LowCombineShared::bytes(params); }
+std::size_t complete_low_combine(LowCombineParams& params) {
+  const Element element = params.quantize ? Element::kFloat8 : params.element;
+  params.post[static_cast<int>(LowWord::kOperation)] = static_cast<std::uint32_t>(kOperation);
+  params.post[static_cast<int>(LowWord::kElement)] = static_cast<std::uint32_t>(element);
+  params.post[static_cast<int>(LowWord::kTopk)] = static_cast<std::uint32_t>(params.topk);
+  params.post[static_cast<int>(LowWord::kHasWeights)] = params.has_weights ? 1 : 0;
+  params.post[static_cast<int>(LowWord::kIndex)] = static_cast<std::uint32_t>(params.index);
+  if (params.rows != nullptr || params.quantize) {
+    params.post[static_cast<int>(LowWord::kBlocks)] = static_cast<std::uint32_t>(params.send_blocks);
+    params.post[static_cast<int>(LowWord::kSegment)] = static_cast<std::uint32_t>(params.segment + 1);
+    params.post[static_cast<int>(LowWord::kOffset)] = params.segment_offset;
+  }
+  params.posts_offset = params.low.layout.post(kKind, static_cast<std::size_t>(params.index), 0);
+  params.post_stride = static_cast<std::int32_t>(params.low.layout.post_stride() / sizeof(std::uint64_t));
+  params.row_bytes = params.hidden * static_cast<std::int32_t>(element_bytes(params.element));
+  params.chunks = (params.row_bytes + kReduceChunk - 1) / kReduceChunk;
+  params.chunks_inverse = inverse_of(params.chunks);
+
+  const auto ranks = static_cast<std::size_t>(params.low.group.num_ranks);
+  const auto slots = static_cast<std::size_t>(params.pipeline.warps * params.pipeline.stages);
+  std::size_t bytes[kNumArrays] = {};
+  bytes[kRowsOf] = bytes[kHeaps] = ranks * sizeof(void*);
+  bytes[kBarriers] = slots * sizeof(std::uint64_t);
+  bytes[kCopyBarriers] = kWarps * kCopyStages * sizeof(std::uint64_t);
+  bytes[kScales] = kWarps * kMostScalesAChunk * sizeof(float);
+  bytes[kEnds] = (static_cast<std::size_t>(params.low.num_local_experts) + 1) * sizeof(std::int32_t);
+  bytes[kPost] = kPostWords * sizeof(std::uint32_t);
+  bytes[kKept] = slots * static_cast<std::size_t>(params.topk) * sizeof(KeptEntry);
+  bytes[kMasked] = bytes[kLost] = bytes[kReady] = bytes[kSegment] = ranks;
+  bytes[kSomeSegments] = 1;
+  const bool reduces = params.pipeline.use_bulk && (params.halves & kLowReceive) != 0;
+  const std::size_t ring = reduces ? slots * static_cast<std::size_t>(params.topk * kReduceChunk) : 0;
+  const std::size_t copy = params.pipeline.use_bulk && params.rows != nullptr ? CopyRing::kBytes : 0;
+  bytes[kStages] = std::max(ring, copy);
+  params.offsets[0] = 0;
+  for (int i = 0; i < kNumArrays; ++i) {
+    params.offsets[i + 1] =
+        static_cast<std::uint32_t>(align_up(params.offsets[i] + bytes[i], i + 1 == kStages ? 128 : 16));
+  }
+  return params.offsets[kNumArrays];
+}
 
 cudaError_t launch_low_combine(const LowCombineParams& params, int blocks, cudaStream_t stream) {
-  const std::size_t shared = LowCombineShared::bytes(params);
+  const std::size_t shared = params.offsets[kNumArrays];
   const bool plain = params.low.row_layout == RowLayout::kRank;
   const Rows rows = params.quantize ? Rows::kQuantized : params.rows != nullptr ? Rows::kCopied : Rows::kInPlace;
   return visit_low_combine(params.element, plain, rows, [&](auto* kernel) {

@@ -1,6 +1,10 @@
 // Low-latency dispatch in one launch: every block looks at all of the rank's routes, so that no block waits for
 // another one, and posts to one rank how many rows go to each expert; with all ranks' counts every row has its slot,
 // and is written there once. Rows are loaded, and quantised, while posts are on their way.
+//
+// Nothing here is run often. What a call with few tokens takes is the time in which instructions come from L2, 30 to 40
+// ns for every eight of them (measured, ranks sharing a GPU). So what every call runs is short and in a row, loops are
+// not unrolled, what the host can compute it does, and what is rare is a function that is not inlined.
 #include <algorithm>
 #include <climits>
 
@@ -14,9 +18,8 @@ namespace {
 
 constexpr Operation kOperation = Operation::kLowDispatch;
 constexpr LowKind kKind = LowKind::kDispatch;
-// Routes are counted by the first warps of a block; the others see to the rows meanwhile.
-constexpr int kRouters = kLowCountWarps * 32;
 constexpr int kQuickSpins = 256;  // for a word, before looking what keeps it
+constexpr int kScaleSpins = 128;  // for a scale of another block, before finding it without that
 
 // Arrays in shared memory, in their order. Offsets come from the host: finding them takes a kernel a microsecond.
 enum LowArray : int {
@@ -25,18 +28,16 @@ enum LowArray : int {
   kDestinations,  // Destination [num_ranks]
   kScales,        // float [warps][kMostScalesAChunk]
   kIds,           // std::int32_t [routes] expert, -1: none
-  kKeys,          // std::int32_t [routes] layout rank: the rank where a row goes, once a rank; -1: nowhere
   kRankOf,        // std::int32_t [num_experts]
   kLocalOf,       // std::int32_t [num_experts]
-  kPlaces,        // std::uint16_t [routes] among a run's rows that go to the same place
-  kCounters,      // std::uint16_t [count_warps][places] rows of a run, then of those before it
-  kCounts,        // std::int32_t [bins] rows of this rank, then those of ranks before it
+  kMarks,         // std::uint32_t [places][mark_stride] a bit a token: whether it has a row that goes there
+  kPost,          // std::uint32_t [header words + bins + 1] of this rank, but for the counts that marks tell
+  kBefore,        // std::int32_t [bins] rows of ranks before this one
   kTotals,        // std::int32_t [bins]
   kHeader,        // std::uint32_t [num_ranks][words before the counts]
   kMasked,        // std::uint8_t [num_ranks]
   kMissing,       // std::uint8_t [num_ranks]
-  kRowsOf,        // std::int32_t [num_experts] rows of this rank; for GatheredScales, as the next
-  kListed,        // std::uint16_t [num_experts][kMostListed] tokens
+  kScaleWords,    // std::uint64_t [warps][kMostListed][part_words] for GatheredScales
   kStages,        // [warps][stages][chunk]
   kNumArrays
 };
@@ -50,23 +51,21 @@ void lay_out(LowDispatchParams& params) {
   const std::size_t routes = align_up(static_cast<std::size_t>(params.num_tokens) * params.topk, 4);
   const std::size_t experts = params.low.group.num_experts;
   const std::size_t ranks = params.low.group.num_ranks;
-  const bool by_rank = params.low.row_layout == RowLayout::kRank;
   std::size_t bytes[kNumArrays] = {};
   bytes[kBarriers] = kWarps * params.stages * sizeof(std::uint64_t);
   bytes[kHeaps] = ranks * sizeof(std::uint8_t*);
   bytes[kDestinations] = ranks * sizeof(Destination);
   bytes[kScales] = params.source.quantize ? kWarps * kMostScalesAChunk * sizeof(float) : 0;
   bytes[kIds] = routes * sizeof(std::int32_t);
-  bytes[kPlaces] = routes * sizeof(std::uint16_t);
-  bytes[kCounters] = static_cast<std::size_t>(params.count_warps) * (by_rank ? ranks : experts) * sizeof(std::uint16_t);
-  bytes[kKeys] = by_rank ? routes * sizeof(std::int32_t) : 0;
+  bytes[kMarks] =
+      params.has_marks ? static_cast<std::size_t>(params.places * params.mark_stride) * sizeof(std::uint32_t) : 0;
   bytes[kRankOf] = bytes[kLocalOf] = experts * sizeof(std::int32_t);
-  bytes[kCounts] = bytes[kTotals] = (experts + (by_rank ? ranks : 0)) * sizeof(std::int32_t);
+  bytes[kBefore] = bytes[kTotals] = static_cast<std::size_t>(params.bins) * sizeof(std::int32_t);
+  bytes[kPost] = static_cast<std::size_t>(params.header_words + params.bins + 1) * sizeof(std::uint32_t);
   bytes[kHeader] = ranks * params.low.layout.header_words() * sizeof(std::uint32_t);
   bytes[kMasked] = bytes[kMissing] = ranks;
-  if (params.scale_parts > 0) {
-    bytes[kRowsOf] = experts * sizeof(std::int32_t);
-    bytes[kListed] = experts * kMostListed * sizeof(std::uint16_t);
+  if (params.gathers_scales) {
+    bytes[kScaleWords] = static_cast<std::size_t>(kWarps * kMostListed * params.part_words) * sizeof(std::uint64_t);
   }
   bytes[kStages] = static_cast<std::size_t>(kWarps) * params.stages * chunk_bytes(params);
   params.offsets[0] = 0;
@@ -74,8 +73,6 @@ void lay_out(LowDispatchParams& params) {
     params.offsets[i + 1] = static_cast<std::uint32_t>(align_up(params.offsets[i] + bytes[i], 128));
   }
 }
-
-__device__ inline void sync_routers() { sync_some(1, kRouters); }
 
 struct LowShared {
   std::uint8_t* base;
@@ -90,95 +87,93 @@ struct LowShared {
   __device__ std::int32_t* ids() const { return at<std::int32_t>(kIds); }
   __device__ std::int32_t* rank_of() const { return at<std::int32_t>(kRankOf); }
   __device__ std::int32_t* local_of() const { return at<std::int32_t>(kLocalOf); }
-  __device__ std::uint16_t* places() const { return at<std::uint16_t>(kPlaces); }
-  __device__ std::uint16_t* counters() const { return at<std::uint16_t>(kCounters); }
-  __device__ std::int32_t* counts() const { return at<std::int32_t>(kCounts); }
+  __device__ std::uint32_t* marks() const { return at<std::uint32_t>(kMarks); }
+  __device__ std::uint32_t* post() const { return at<std::uint32_t>(kPost); }
+  __device__ std::int32_t* before() const { return at<std::int32_t>(kBefore); }
   __device__ std::int32_t* totals() const { return at<std::int32_t>(kTotals); }
   __device__ std::uint32_t* header() const { return at<std::uint32_t>(kHeader); }
   __device__ std::uint8_t* masked() const { return at<std::uint8_t>(kMasked); }
   __device__ std::uint8_t* missing() const { return at<std::uint8_t>(kMissing); }
-  __device__ std::int32_t* rows_of() const { return at<std::int32_t>(kRowsOf); }
-  __device__ std::uint16_t* listed() const { return at<std::uint16_t>(kListed); }
 };
 
 // An item is one chunk of one token's row. A block has a run of items, which its warps take in turn: what is written at
 // the same time lies together.
-struct LowItems {
-  int first;  // of this warp; then every kWarps-th
-  int end;
-
-  __device__ explicit LowItems(const LowDispatchParams& params) {
-    const int all = params.num_tokens * params.chunks;
-    const int blocks = static_cast<int>(gridDim.x);
-    const int block = static_cast<int>(blockIdx.x);
-    const int each = all / blocks;
-    const int extra = all % blocks;
-    const int begin = each * block + min(block, extra);
-    // The routers are the last to be free.
-    first = begin + kWarps - 1 - static_cast<int>(threadIdx.x / 32);
-    end = begin + each + (block < extra ? 1 : 0);
+struct LowItem {
+  int token;
+  int chunk;
+  __device__ LowItem(const LowDispatchParams& params, int item) {
+    token = params.chunks == 1 ? item : static_cast<int>(__umulhi(static_cast<unsigned>(item), params.chunks_inverse));
+    chunk = item - token * params.chunks;
   }
 };
 
 // A warp's copies of chunks into its ring.
 struct LowLoader {
   const LowDispatchParams& params;
-  LowItems items;
   std::uint8_t* stages;
   std::uint64_t* barriers;
+  int first;  // item of this warp; then every kWarps-th
+  int end;
 
+  __device__ LowLoader(const LowDispatchParams& launch, const LowShared& shared) : params(launch) {
+    const int warp = static_cast<int>(threadIdx.x / 32);
+    const int block = static_cast<int>(blockIdx.x);
+    stages = shared.at<std::uint8_t>(kStages) + warp * params.stages * params.stage_bytes;
+    barriers = shared.at<std::uint64_t>(kBarriers) + warp * params.stages;
+    const int begin = params.items_each * block + min(block, params.items_left);
+    first = begin + warp;
+    end = begin + params.items_each + (block < params.items_left ? 1 : 0);
+  }
   __device__ int elements(int chunk) const {
     return min(params.chunk_elements, params.source.hidden - chunk * params.chunk_elements);
   }
   __device__ std::uint8_t* stage(int which) const { return stages + which * params.stage_bytes; }
-
-  __device__ void load(int item, int which) const {
-    if (item >= items.end) return;
-    const int lane = threadIdx.x & 31;
-    const int element = params.element_bytes;
-    const int token = static_cast<int>(static_cast<std::uint32_t>(item) / static_cast<std::uint32_t>(params.chunks));
-    const int chunk = item - token * params.chunks;
-    const std::uint8_t* from = params.source.rows + (static_cast<std::size_t>(token) * params.source.hidden +
-                                                     static_cast<std::size_t>(chunk) * params.chunk_elements) *
-                                                        element;
-    const int bytes = elements(chunk) * element;
-    if (params.bulk_loads) {
-      if (lane != 0) return;
-      barrier_arrive_expect(barriers + which, static_cast<std::uint32_t>(bytes));
-      bulk_load(stage(which), from, static_cast<std::uint32_t>(bytes), barriers + which);
-      return;
+  __device__ const std::uint8_t* source(const LowItem& item) const {
+    return params.source.rows +
+           static_cast<std::size_t>(static_cast<unsigned>(item.token)) * static_cast<unsigned>(params.source_bytes) +
+           item.chunk * params.chunk_bytes;
+  }
+  __device__ std::uint32_t bytes(const LowItem& item) const {
+    return static_cast<std::uint32_t>(min(params.chunk_bytes, params.source_bytes - item.chunk * params.chunk_bytes));
+  }
+  __device__ void load(int number, int which) const {
+    if (number >= end) return;
+    const LowItem item(params, number);
+    if (!params.bulk_loads) {
+      load_plainly(source(item), stage(which), bytes(item));
+    } else if ((threadIdx.x & 31) == 0) {
+      barrier_arrive_expect(barriers + which, bytes(item));
+      bulk_load(stage(which), source(item), bytes(item), barriers + which);
     }
-    // Rows of e4m3 are words of 4 bytes.
+  }
+  // Rows of e4m3 are words of 4 bytes.
+  __device__ __noinline__ static void load_plainly(const std::uint8_t* from, std::uint8_t* to, std::uint32_t bytes) {
 #pragma unroll 1
-    for (int i = lane; i < bytes / 4; i += 32) {
-      reinterpret_cast<std::uint32_t*>(stage(which))[i] = reinterpret_cast<const std::uint32_t*>(from)[i];
+    for (std::uint32_t i = threadIdx.x & 31; i < bytes / 4; i += 32) {
+      reinterpret_cast<std::uint32_t*>(to)[i] = reinterpret_cast<const std::uint32_t*>(from)[i];
     }
     __syncwarp();
   }
   // The first item's, before it may be read.
   __device__ void prefetch() const {
-    if (!params.bulk_loads || items.first >= items.end || (threadIdx.x & 31) != 0) return;
-    const int token = items.first / params.chunks;
-    const int chunk = items.first - token * params.chunks;
-    const std::size_t first = static_cast<std::size_t>(token) * params.source.hidden +
-                              static_cast<std::size_t>(chunk) * params.chunk_elements;
-    bulk_prefetch(params.source.rows + first * params.element_bytes,
-                  static_cast<std::uint32_t>(elements(chunk) * params.element_bytes));
+    if (!params.bulk_loads || first >= end || (threadIdx.x & 31) != 0) return;
+    const LowItem item(params, first);
+    bulk_prefetch(source(item), bytes(item));
   }
   __device__ void wait(int which, std::uint32_t parity) const {
     if (params.bulk_loads) barrier_wait(barriers + which, parity);
   }
   // The first loads but for `waited` of them: shared memory is not to be left before what is on the way to it.
-  __device__ void drain(int waited) const {
+  __device__ __noinline__ void drain(int waited) const {
 #pragma unroll 1
     for (int i = waited; i < params.stages; ++i) {
-      if (items.first + i * kWarps < items.end) wait(i, 0);
+      if (first + i * kWarps < end) wait(i, 0);
     }
   }
 };
 
 // What no operation changes, and what is empty at first, in shared memory. All threads, before what the stream has
-// queued ahead is over.
+// queued ahead is over; ends with a barrier.
 __device__ void keep_constants(const LowDispatchParams& params, const LowShared& shared) {
   const LowGroup& low = params.low;
   const int thread = static_cast<int>(threadIdx.x);
@@ -198,10 +193,15 @@ __device__ void keep_constants(const LowDispatchParams& params, const LowShared&
     shared.local_of()[i] = low.group.local_of_expert[i];
   }
 #pragma unroll 1
-  for (int bin = thread; bin < params.bins; bin += kThreads) shared.counts()[bin] = 0;
-  const int words = (params.count_warps * params.places + 1) / 2;
+  for (int bin = thread; bin < params.bins; bin += kThreads) shared.before()[bin] = shared.totals()[bin] = 0;
 #pragma unroll 1
-  for (int word = thread; word < words; word += kThreads) shared.at<std::uint32_t>(kCounters)[word] = 0;
+  for (int word = thread; word <= params.header_words + params.bins; word += kThreads) {
+    shared.post()[word] = word < static_cast<int>(LowWord::kMask) ? params.post[word] : 0;
+  }
+  const int marks = params.has_marks ? params.places * params.mark_stride : 0;
+#pragma unroll 1
+  for (int word = thread; word < marks; word += kThreads) shared.marks()[word] = 0;
+  __syncthreads();
 }
 
 // What the operation needs from global memory before it can do anything, asked for in one go.
@@ -237,125 +237,146 @@ struct LowStart {
   }
 };
 
-// Whether an id is out of range.
-__device__ inline bool keep_id(const LowDispatchParams& params, const LowShared& shared, int at, std::int64_t id) {
+// A route, and a mark where its row goes. Whether its id is out of range.
+__device__ inline bool keep_route(const LowDispatchParams& params, const LowShared& shared, int at, std::int64_t id,
+                                  std::uint32_t& repeated) {
   const bool good = id >= -1 && id < params.low.group.num_experts;
-  shared.ids()[at] = good ? static_cast<std::int32_t>(id) : -2;
-  return !good;
+  const auto expert = static_cast<std::int32_t>(id);
+  shared.ids()[at] = good ? expert : -2;
+  if (!good) return true;
+  if (expert < 0) return false;
+  const bool by_rank = params.low.row_layout == RowLayout::kRank;
+  int place = expert;
+  if (by_rank) {
+    place = shared.rank_of()[expert];
+    atomicAdd(shared.post() + params.header_words + expert, 1u);
+  }
+  if (!params.has_marks) return false;
+  const unsigned token = params.topk == 1 ? at : __umulhi(static_cast<unsigned>(at), params.topk_inverse);
+  const std::uint32_t bit = 1u << (token & 31);
+  const std::uint32_t before = atomicOr(shared.marks() + place * params.mark_stride + token / 32, bit);
+  // Marks do not tell two rows of a token for one expert apart.
+  if ((before & bit) != 0 && !by_rank) atomicOr(&repeated, 1u);
+  return false;
 }
 
-// Into shared memory, with what did not fit the first go. All threads; a barrier comes next. Whether this thread has
-// seen something rare: a rank that is left out, an id out of range.
-__device__ bool keep_start(const LowDispatchParams& params, const LowShared& shared, const LowStart& start) {
-  const LowGroup& low = params.low;
-  const int routes = params.num_tokens * params.topk;
+__device__ inline bool keep_rank(const LowShared& shared, int rank, std::uint32_t since, std::uint32_t sequence) {
+  const bool masked = is_masked(since, sequence);
+  shared.masked()[rank] = masked ? 1 : 0;
+  return masked;
+}
+
+// What did not fit the first go.
+__device__ __noinline__ bool keep_more(const LowDispatchParams& params, LowShared shared, std::uint32_t sequence,
+                                       std::uint32_t& repeated) {
   bool rare = false;
-  const auto keep_rank = [&](int rank, std::uint32_t since) {
-    const bool masked = is_masked(since, start.sequence);
-    rare = rare || masked;
-    shared.masked()[rank] = masked ? 1 : 0;
-  };
-  const int at = static_cast<int>(threadIdx.x);
-  if (at < low.group.num_ranks) keep_rank(at, start.since);
 #pragma unroll 1
-  for (int rank = at + kThreads; rank < low.group.num_ranks; rank += kThreads) {
-    keep_rank(rank, load_relaxed_device(low.masked_since + rank));
-  }
-#pragma unroll
-  for (int i = 0; i < LowStart::kAtOnce; ++i) {
-    if (at + i * kThreads < routes) rare = keep_id(params, shared, at + i * kThreads, start.ids[i]) || rare;
+  for (int rank = static_cast<int>(threadIdx.x) + kThreads; rank < params.low.group.num_ranks; rank += kThreads) {
+    rare = keep_rank(shared, rank, load_relaxed_device(params.low.masked_since + rank), sequence) || rare;
   }
 #pragma unroll 1
-  for (int i = at + LowStart::kAtOnce * kThreads; i < routes; i += kThreads) {
-    rare = keep_id(params, shared, i, params.topk_idx[i]) || rare;
+  for (int i = static_cast<int>(threadIdx.x) + LowStart::kAtOnce * kThreads; i < params.num_tokens * params.topk;
+       i += kThreads) {
+    rare = keep_route(params, shared, i, params.topk_idx[i], repeated) || rare;
   }
   return rare;
 }
 
-// Layout rank: where rows go, once a rank. The routers; ends with a barrier.
-__device__ __noinline__ void find_keys(const LowDispatchParams& params, const LowShared& shared) {
+// Into shared memory. All threads; a barrier comes next. Whether this thread has seen something rare: a rank that is
+// left out, an id out of range.
+__device__ bool keep_start(const LowDispatchParams& params, const LowShared& shared, const LowStart& start,
+                           std::uint32_t& repeated) {
   const int routes = params.num_tokens * params.topk;
+  const int ranks = params.low.group.num_ranks;
+  const int thread = static_cast<int>(threadIdx.x);
+  bool rare = thread < ranks && keep_rank(shared, thread, start.since, start.sequence);
+  static_assert(LowStart::kAtOnce == 2, "as the loop takes them");
 #pragma unroll 1
-  for (int at = threadIdx.x; at < routes; at += kRouters) {
-    const std::int32_t id = shared.ids()[at];
-    const int rank = id >= 0 ? shared.rank_of()[id] : -1;
-    bool first = rank >= 0;
-#pragma unroll 1
-    for (int earlier = at / params.topk * params.topk; earlier < at && first; ++earlier) {
-      const std::int32_t other = shared.ids()[earlier];
-      first = other < 0 || shared.rank_of()[other] != rank;
-    }
-    shared.at<std::int32_t>(kKeys)[at] = first ? rank : -1;
+  for (int i = 0; i < LowStart::kAtOnce; ++i) {
+    const int at = thread + i * kThreads;
+    if (at < routes) rare = keep_route(params, shared, at, i == 0 ? start.ids[0] : start.ids[1], repeated) || rare;
   }
-  sync_routers();
+  if (routes > LowStart::kAtOnce * kThreads || ranks > kThreads) {
+    rare = keep_more(params, shared, start.sequence, repeated) || rare;
+  }
+  return rare;
 }
 
-// For every route, how many of this rank's rows go to the same place before it: within its run of routes (`places`),
-// and in the runs before that (`counters`); and of each place, how many there are (`counts`). Runs are of one warp
-// each. The routers; ends with a barrier.
-__device__ void find_places(const LowDispatchParams& params, const LowShared& shared, const std::int32_t* keys,
-                            std::int32_t* counts) {
-  const int warp = threadIdx.x / 32;
-  const int lane = threadIdx.x & 31;
-  const int routes = params.num_tokens * params.topk;
-  if (warp < params.count_warps) {
-    std::uint16_t* counter = shared.counters() + warp * params.places;
-    const int end = min(routes, (warp + 1) * params.run);
-#pragma unroll 1
-    for (int first = warp * params.run; first < end; first += 32) {
-      const int at = first + lane;
-      const std::int32_t key = at < end ? keys[at] : -1;
-      const unsigned same = __match_any_sync(0xffffffffu, key);
-      const unsigned earlier = same & ((1u << lane) - 1);
-      const int before = key >= 0 ? counter[key] : 0;
-      if (at < end) shared.places()[at] = static_cast<std::uint16_t>(before + __popc(earlier));
-      __syncwarp();
-      if (key >= 0 && earlier == 0) counter[key] = static_cast<std::uint16_t>(before + __popc(same));
-      __syncwarp();
-    }
-  }
-  sync_routers();
-#pragma unroll 1
-  for (int place = threadIdx.x; place < params.places; place += kRouters) {
-    int sum = 0;
+// Where marks don't tell, or have no room: all routes are looked at, up to `end`.
+__device__ __noinline__ int count_slowly(LowShared shared, int end, std::int32_t expert) {
+  int rows = 0;
 #pragma unroll 4
-    for (int run = 0; run < params.count_warps; ++run) {
-      std::uint16_t& counter = shared.counters()[run * params.places + place];
-      const int rows = counter;
-      counter = static_cast<std::uint16_t>(sum);
-      sum += rows;
-    }
-    counts[place] = sum;
-  }
-  sync_routers();
+  for (int at = 0; at < end; ++at) rows += shared.ids()[at] == expert ? 1 : 0;
+  return rows;
 }
 
-// Layout rank: rows for each expert. The routers; ends with a barrier.
-__device__ __noinline__ void count_experts(const LowDispatchParams& params, const LowShared& shared) {
+// How many rows of this rank go to a place. `marked`: marks tell.
+__device__ inline int count_of(const LowDispatchParams& params, const LowShared& shared, int place, bool marked) {
+  if (!marked) return count_slowly(shared, params.num_tokens * params.topk, place);
+  const std::uint32_t* marks = shared.marks() + place * params.mark_stride;
+  int rows = 0;
 #pragma unroll 1
-  for (int at = threadIdx.x; at < params.num_tokens * params.topk; at += kRouters) {
-    const std::int32_t id = shared.ids()[at];
-    if (id >= 0) atomicAdd(shared.counts() + id, 1);
-  }
-  sync_routers();
+  for (int i = 0; i < params.mark_words; ++i) rows += __popc(marks[i]);
+  return rows;
 }
 
-// The first id out of range, if there is any, into the post; its other half goes where nobody will want a count. The
-// routers; end with a barrier.
-__device__ __noinline__ void find_bad_route(const LowDispatchParams& params, const LowShared& shared, LowPost& post) {
+// How many of them come before that of a token's route.
+__device__ inline int index_of(const LowDispatchParams& params, const LowShared& shared, int token, int at, int place,
+                               bool marked) {
+  if (!marked) return count_slowly(shared, at, place);
+  const std::uint32_t* marks = shared.marks() + place * params.mark_stride;
+  int rows = __popc(marks[token / 32] & ((1u << (token & 31)) - 1));
+#pragma unroll 1
+  for (int i = 0; i < token / 32; ++i) rows += __popc(marks[i]);
+  return rows;
+}
+
+// The token whose row is number `index` of those that go to a place, where marks tell.
+__device__ inline int token_of(const LowDispatchParams& params, const LowShared& shared, int index, int place) {
+  const std::uint32_t* marks = shared.marks() + place * params.mark_stride;
+  int at = 0;
+#pragma unroll 1
+  for (; index >= __popc(marks[at]); ++at) index -= __popc(marks[at]);
+  std::uint32_t word = marks[at];
+#pragma unroll 1
+  for (; index > 0; --index) word &= word - 1;
+  return at * 32 + __ffs(static_cast<int>(word)) - 1;
+}
+
+// What a post says of something rare: which ranks are left out, and the first id out of range, whose other half goes
+// where nobody will want a count. All threads; ends with a barrier.
+__device__ __noinline__ void post_rare(const LowDispatchParams& params, LowShared shared) {
   __shared__ std::uint32_t first;
   if (threadIdx.x == 0) first = 0xffffffffu;
-  sync_routers();
+  __syncthreads();
 #pragma unroll 1
-  for (int at = threadIdx.x; at < params.num_tokens * params.topk; at += kRouters) {
+  for (int at = threadIdx.x; at < params.num_tokens * params.topk; at += kThreads) {
     if (shared.ids()[at] == -2) atomicMin(&first, static_cast<std::uint32_t>(at));
   }
-  sync_routers();
-  if (first == 0xffffffffu) return;
-  post.bad_route = first + 1;
-  post.bad_expert = static_cast<std::uint32_t>(params.topk_idx[first]);
-  if (threadIdx.x == 0) shared.counts()[0] = static_cast<std::int32_t>(params.topk_idx[first] >> 32);
-  sync_routers();
+  if (threadIdx.x < 32) post_masks(shared.post(), shared.masked(), params.low.group.num_ranks);
+  __syncthreads();
+  if (first != 0xffffffffu && threadIdx.x == 0) {
+    shared.post()[static_cast<int>(LowWord::kBadRoute)] = first + 1;
+    shared.post()[static_cast<int>(LowWord::kBadExpert)] = static_cast<std::uint32_t>(params.topk_idx[first]);
+    shared.post()[params.header_words] = static_cast<std::uint32_t>(params.topk_idx[first] >> 32);
+  }
+  __syncthreads();
+}
+
+// All threads: this rank's post to the others.
+__device__ void publish_counts(const LowDispatchParams& params, const LowShared& shared, std::uint32_t sequence,
+                               bool marked, bool rare) {
+  const int places_at = params.header_words + params.bins - params.places;
+  const bool is_bad = rare && shared.post()[static_cast<int>(LowWord::kBadRoute)] != 0;
+  // An odd count is read with the word after it.
+  const int words = params.header_words + params.bins + (params.bins & 1);
+  publish_post(params.low.group, shared.heaps(), shared.masked(), params.posts_offset, params.post_stride, sequence,
+               words, kThreads, [&](int word) {
+                 const int place = word - places_at;
+                 const bool counts = place >= 0 && place < params.places && !(is_bad && word == params.header_words);
+                 return counts ? static_cast<std::uint32_t>(count_of(params, shared, place, marked))
+                               : shared.post()[word];
+               });
 }
 
 // Routes of a token in a warp, which are to become its entries, sorted by rank and position.
@@ -363,30 +384,44 @@ struct LowRoutes {
   std::int32_t rank;   // of lane j's route; INT_MAX: it goes nowhere
   std::int32_t bin;    // where it is counted
   std::int32_t index;  // among this rank's rows that go to the same place
-  std::int32_t slot;   // but for what comes before this rank's rows
+  std::int32_t group;  // of slots
   std::int32_t from;   // the lane whose route becomes lane j's entry
 };
 
-__device__ LowRoutes sort_routes(const LowDispatchParams& params, const LowShared& shared, const std::int32_t* keys,
-                                 int token, bool by_rank) {
+// Layout rank: a row goes to a rank once.
+__device__ __noinline__ int first_of_rank(const LowDispatchParams& params, int rank) {
+  const int lane = threadIdx.x & 31;
+  bool first = true;
+#pragma unroll 1
+  for (int j = 0; j < params.topk; ++j) {
+    const int other = __shfl_sync(0xffffffffu, rank, j);
+    first = first && (j >= lane || other != rank);
+  }
+  return first ? rank : INT_MAX;
+}
+
+__device__ LowRoutes sort_routes(const LowDispatchParams& params, const LowShared& shared, int token, bool by_rank,
+                                 bool marked) {
   const int lane = threadIdx.x & 31;
   const int at = token * params.topk + lane;
   LowRoutes routes{INT_MAX, 0, 0, 0, 0};
-  const std::int32_t key = lane < params.topk ? keys[at] : -1;
-  if (key >= 0) {
-    routes.rank = by_rank ? key : shared.rank_of()[key];
-    routes.bin = by_rank ? params.low.group.num_experts + key : key;
-    routes.index = shared.places()[at] + shared.counters()[at / params.run * params.places + key];
-    routes.slot = (by_rank ? 0 : shared.local_of()[key] * params.capacity) + routes.index;
+  const std::int32_t expert = lane < params.topk ? shared.ids()[at] : -1;
+  if (expert >= 0) {
+    routes.rank = shared.rank_of()[expert];
+    const int place = by_rank ? routes.rank : expert;
+    routes.bin = params.bins - params.places + place;
+    routes.group = by_rank ? 0 : shared.local_of()[expert];
+    routes.index = index_of(params, shared, token, at, place, marked);
     if (shared.masked()[routes.rank] != 0) routes.rank = INT_MAX;
   }
+  if (by_rank) routes.rank = first_of_rank(params, routes.rank);
   int to = 0;
-#pragma unroll 4
+#pragma unroll 1
   for (int j = 0; j < params.topk; ++j) {
     const int other = __shfl_sync(0xffffffffu, routes.rank, j);
     to += other < routes.rank || (other == routes.rank && j < lane) ? 1 : 0;
   }
-#pragma unroll 4
+#pragma unroll 1
   for (int j = 0; j < params.topk; ++j) routes.from = __shfl_sync(0xffffffffu, to, j) == lane ? j : routes.from;
   return routes;
 }
@@ -395,7 +430,7 @@ __device__ LowRoutes sort_routes(const LowDispatchParams& params, const LowShare
 __device__ Entry place_entries(const LowDispatchParams& params, const LowShared& shared, const LowRoutes& routes,
                                bool by_rank, bool dropped) {
   const int lane = threadIdx.x & 31;
-  const std::int32_t slot = routes.slot + shared.counts()[routes.bin];
+  const std::int32_t slot = routes.group * params.capacity + shared.before()[routes.bin] + routes.index;
   const int rank = __shfl_sync(0xffffffffu, routes.rank, routes.from);
   Entry entry{-1, -1, -1};
   const std::int32_t its_slot = __shfl_sync(0xffffffffu, slot, routes.from);
@@ -413,104 +448,113 @@ struct LowVerdict {
 };
 
 // A word of a post that had not come at first; 0 where it does not come at all, which `missing` tells then.
-__device__ __noinline__ std::uint32_t late_word(const LowGroup& low, const std::uint64_t* at, const LowAwaited& awaited,
-                                                int source, std::uint8_t* missing, bool& unusual) {
+__device__ inline std::uint32_t late_word(const LowGroup& low, const std::uint64_t* at, const LowAwaited& awaited,
+                                          int source, std::uint8_t* missing) {
   std::uint64_t seen = 0;
   if (await_late_word(low, at, awaited, source, seen) == Wait::kCame) return low_value(seen);
-  unusual = true;
   missing[source] = 1;
   return 0;
 }
 
+// A word of a post's header that had not come at first; 0 where it does not come at all, which `missing` tells then.
+__device__ __noinline__ std::uint32_t late_header(const LowDispatchParams& params, LowShared shared,
+                                                  std::uint32_t sequence, const std::uint64_t* at, int source) {
+  const LowAwaited awaited{kKind, params.index, sequence, Step::kPost};
+  return late_word(params.low, at, awaited, source, shared.missing());
+}
+
+// Two counts of a rank that had not come at first.
+__device__ __noinline__ void late_counts(const LowDispatchParams& params, LowShared shared, std::uint32_t sequence,
+                                         const std::uint64_t* at, int source, int bin) {
+  const LowAwaited awaited{kKind, params.index, sequence, Step::kPost};
+  if (shared.masked()[source] != 0) return;
+#pragma unroll 1
+  for (int i = 0; i < 2 && bin + i < params.bins; ++i) {
+    const std::uint32_t rows = late_word(params.low, at + i, awaited, source, shared.missing());
+    atomicAdd(shared.totals() + bin + i, static_cast<std::int32_t>(rows));
+    if (source < params.low.group.rank) atomicAdd(shared.before() + bin + i, static_cast<std::int32_t>(rows));
+  }
+}
+
 // Waits for the posts of all ranks: their header words, and for each bin how many rows come before this rank's
-// (`counts`) and in all (`totals`). Whether anything is not as it usually is: all threads agree, and judge_posts()
+// (`before`) and in all (`totals`). Whether anything is not as it usually is: all threads agree, and judge_posts()
 // finds out what. Ends with a barrier. No fence: rows are written only where a peer's kernel has begun, after all that
 // used its buffer before, and no store comes before the loads here that decide on it.
 __device__ bool gather_posts(const LowDispatchParams& params, const LowShared& shared, std::uint32_t sequence,
-                             const LowPost& mine, bool some_masked) {
+                             bool some_masked) {
   const LowGroup& low = params.low;
   const int ranks = low.group.num_ranks;
-  const int header = params.header_words;
+  const int thread = static_cast<int>(threadIdx.x);
   const auto* posts = reinterpret_cast<const std::uint64_t*>(shared.heaps()[low.group.rank] + params.posts_offset);
-  const int stride = params.post_stride;
-  std::uint8_t* const masked = shared.masked();
-  std::uint8_t* const missing = shared.missing();
-  const LowAwaited awaited{kKind, params.index, sequence, Step::kPost};
   bool unusual = false;
-  // The last threads, as the first ones have more of the bins.
+  // Two counts of two ranks are on their way at a time; each rank has a quarter of the threads.
+  constexpr int kQuarter = kThreads / 4;
 #pragma unroll 1
-  for (int i = kThreads - 1 - static_cast<int>(threadIdx.x); i < ranks * header; i += kThreads) {
-    const int source = i / header;
-    const int word = i - source * header;
-    if (masked[source] != 0) continue;
-    const std::uint64_t* at = posts + source * stride + word;
-    std::uint64_t seen = load_relaxed_system(at);
+  for (int source = thread / kQuarter; source < ranks; source += 8) {
+    const bool both = source + 4 < ranks;
 #pragma unroll 1
-    for (int spin = 0; spin < kQuickSpins && low_lead(seen, sequence) != 0; ++spin) seen = load_relaxed_system(at);
-    const std::uint32_t value =
-        low_lead(seen, sequence) == 0 ? low_value(seen) : late_word(low, at, awaited, source, missing, unusual);
-    shared.header()[i] = value;
-    const int mask = static_cast<int>(LowWord::kMask);
-    std::uint32_t usual = word == static_cast<int>(LowWord::kBlocks) ? value : 0;
-    if (word < kNumLowCompared) usual = reinterpret_cast<const std::uint32_t*>(&mine)[word];
-#pragma unroll 1
-    for (int bit = 0; word >= mask && bit < 32 && (word - mask) * 32 + bit < ranks; ++bit) {
-      usual |= masked[(word - mask) * 32 + bit] != 0 ? 1u << bit : 0u;
-    }
-    unusual = unusual || value != usual;
-  }
-  constexpr int kAtOnce = 8;  // loads in flight
-  // Words of a rank that is left out never come.
-  const int spins = some_masked ? 0 : kQuickSpins;
-#pragma unroll 1
-  for (int bin = threadIdx.x; bin < params.bins; bin += kThreads) {
-    std::int32_t before = 0;
-    std::int32_t total = 0;
-#pragma unroll 1
-    for (int first = 0; first < ranks; first += kAtOnce) {
-      std::uint64_t words[kAtOnce];
+    for (int bin = thread % kQuarter * 2; bin < params.bins; bin += kQuarter * 2) {
+      const std::uint64_t* at = posts + source * params.post_stride + params.header_words + bin;
+      const std::uint64_t* other = at + (both ? 4 * params.post_stride : 0);
+      std::uint64_t words[4];
       bool here = false;
+      // Words of a rank that is left out never come.
 #pragma unroll 1
-      for (int spin = 0; spin < spins && !here; ++spin) {
+      for (int spin = some_masked ? kQuickSpins : 0; spin < kQuickSpins && !here; ++spin) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) words[i] = load_relaxed_system((i < 2 ? at : other) + i % 2);
         here = true;
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          words[i] = load_relaxed_system(posts + min(first + i, ranks - 1) * stride + header + bin);
-        }
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) here = here && low_lead(words[i], sequence) == 0;
+        for (int i = 0; i < 4; ++i) here = here && low_lead(words[i], sequence) == 0;
       }
-      if (here) {
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          const std::int32_t rows = first + i < ranks ? static_cast<std::int32_t>(low_value(words[i])) : 0;
-          total += rows;
-          before += first + i < low.group.rank ? rows : 0;
-        }
+      if (!here) {
+        late_counts(params, shared, sequence, at, source, bin);
+        if (both) late_counts(params, shared, sequence, other, source + 4, bin);
         continue;
       }
-#pragma unroll 1
-      for (int source = first; source < ranks && source < first + kAtOnce; ++source) {
-        if (masked[source] != 0) continue;
-        const std::uint64_t* at = posts + source * stride + header + bin;
-        const auto rows = static_cast<std::int32_t>(late_word(low, at, awaited, source, missing, unusual));
-        total += rows;
-        before += source < low.group.rank ? rows : 0;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const auto rows = static_cast<std::int32_t>(low_value(words[i]));
+        const std::int32_t others = both ? static_cast<std::int32_t>(low_value(words[2 + i])) : 0;
+        if (bin + i == params.bins) break;
+        atomicAdd(shared.totals() + bin + i, rows + others);
+        if (source >= low.group.rank) continue;
+        atomicAdd(shared.before() + bin + i, rows + (source + 4 < low.group.rank ? others : 0));
       }
     }
-    shared.counts()[bin] = before;
-    shared.totals()[bin] = total;
-    unusual = unusual || total > params.capacity;
   }
-  const bool any = __syncthreads_or(unusual) != 0;
-  // The reduction is a barrier, but compute-sanitizer's racecheck does not take it for one.
+  // Half a warp a rank.
+#pragma unroll 1
+  for (int source = thread / 16; source < ranks; source += kThreads / 16) {
+    if (shared.masked()[source] != 0) continue;
+#pragma unroll 1
+    for (int word = thread & 15; word < params.header_words; word += 16) {
+      const std::uint64_t* at = posts + source * params.post_stride + word;
+      std::uint64_t seen = load_relaxed_system(at);
+#pragma unroll 1
+      for (int spin = 0; spin < kQuickSpins && low_lead(seen, sequence) != 0; ++spin) seen = load_relaxed_system(at);
+      std::uint32_t value = low_value(seen);
+      if (low_lead(seen, sequence) != 0) value = late_header(params, shared, sequence, at, source);
+      shared.header()[source * params.header_words + word] = value;
+      std::uint32_t usual = shared.post()[word];
+      if (word == static_cast<int>(LowWord::kBlocks)) usual = value;
+      if (word == static_cast<int>(LowWord::kBadRoute)) usual = 0;
+      unusual = unusual || value != usual;
+    }
+  }
   __syncthreads();
-  return any;
+#pragma unroll 1
+  for (int bin = thread; bin < params.bins; bin += kThreads) {
+    unusual = unusual || shared.totals()[bin] > params.capacity;
+  }
+#pragma unroll 1
+  for (int source = thread; source < ranks; source += kThreads) unusual = unusual || shared.missing()[source] != 0;
+  return __syncthreads_or(unusual) != 0;
 }
 
 // What the posts say of the operation: the first difference, a mask that is not everyone's, a bad id, slots that do not
 // suffice. All threads; ends with a barrier. One block reports.
-__device__ __noinline__ LowVerdict judge_posts(const LowDispatchParams& params, const LowShared& shared,
+__device__ __noinline__ LowVerdict judge_posts(const LowDispatchParams& params, LowShared shared,
                                                std::uint32_t sequence) {
   const LowGroup& low = params.low;
   const Group& group = low.group;
@@ -602,19 +646,14 @@ __device__ __noinline__ LowVerdict judge_posts(const LowDispatchParams& params, 
 }
 
 // How many rows this rank has received, for the caller and for the combine. All threads of one block.
-__device__ __noinline__ void tell_counts(const LowDispatchParams& params, const LowShared& shared,
-                                         std::uint32_t sequence, bool dropped) {
+__device__ __noinline__ void tell_counts(const LowDispatchParams& params, LowShared shared, std::uint32_t sequence,
+                                         bool dropped, bool marked) {
   const LowGroup& low = params.low;
   const Group& group = low.group;
-  const int header = static_cast<int>(low.layout.header_words());
   __shared__ std::int32_t received;
   if (threadIdx.x == 0) received = 0;
   __syncthreads();
   const int first = group.first_of_rank[group.rank];
-  const auto own_count = [&](int bin) {
-    const std::uint64_t* words = low_post_of(low, shared.heaps()[group.rank], kKind, params.index, group.rank);
-    return static_cast<std::int32_t>(low_value(load_relaxed_system(words + header + bin)));
-  };
   const bool by_expert = low.row_layout == RowLayout::kExpert;
 #pragma unroll 1
   for (int local = threadIdx.x; local < low.num_local_experts; local += blockDim.x) {
@@ -623,16 +662,16 @@ __device__ __noinline__ void tell_counts(const LowDispatchParams& params, const 
     params.routing.tokens_per_expert[local] = rows;
     if (!by_expert) continue;
     params.routing.group_rows[local] = rows;
-    params.routing.own_first[local] = dropped ? 0 : shared.counts()[expert];
-    params.routing.own_rows[local] = dropped ? 0 : own_count(expert);
+    params.routing.own_first[local] = dropped ? 0 : shared.before()[expert];
+    params.routing.own_rows[local] = dropped ? 0 : count_of(params, shared, expert, marked);
     atomicAdd(&received, rows);
   }
   if (!by_expert && threadIdx.x == 0) {
     const int bin = group.num_experts + group.rank;
     received = dropped ? 0 : shared.totals()[bin];
     params.routing.group_rows[0] = received;
-    params.routing.own_first[0] = dropped ? 0 : shared.counts()[bin];
-    params.routing.own_rows[0] = dropped ? 0 : own_count(bin);
+    params.routing.own_first[0] = dropped ? 0 : shared.before()[bin];
+    params.routing.own_rows[0] = dropped ? 0 : count_of(params, shared, group.rank, marked);
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
@@ -641,8 +680,8 @@ __device__ __noinline__ void tell_counts(const LowDispatchParams& params, const 
 }
 
 // What goes beside a row in layout rank: a warp, for one token.
-__device__ __noinline__ void send_metadata(const LowDispatchParams& params, const LowShared& shared, int token,
-                                           const Entry& entry, int count) {
+__device__ __noinline__ void send_metadata(const LowDispatchParams& params, LowShared shared, int token, Entry entry) {
+  const int count = __popc(__ballot_sync(0xffffffffu, entry.rank >= 0));
   const int lane = threadIdx.x & 31;
   const int at = token * params.topk + lane;
   const std::int32_t id = lane < params.topk ? shared.ids()[at] : -1;
@@ -659,54 +698,55 @@ __device__ __noinline__ void send_metadata(const LowDispatchParams& params, cons
   }
 }
 
-// A chunk in shared memory to all its places: a warp.
-__device__ void store_chunk(const LowDispatchParams& params, const LowShared& shared, const Entry& entry, int count,
-                            const std::uint8_t* data, int first_byte, int bytes) {
-  const int lane = threadIdx.x & 31;
-  if (params.bulk_stores) {
-    if (entry.rank >= 0) {
-      bulk_store(
-          shared.destinations()[entry.rank].rows + static_cast<std::size_t>(entry.slot) * params.sizes.row + first_byte,
-          data, static_cast<std::uint32_t>(bytes));
-    }
-    bulk_commit();
-    return;
-  }
+// The same without bulk copies.
+__device__ __noinline__ void store_plainly(const LowDispatchParams& params, LowShared shared, int rank, int slot,
+                                           const std::uint8_t* data, int first_byte, int bytes) {
 #pragma unroll 1
-  for (int i = 0; i < count; ++i) {
-    const int rank = __shfl_sync(0xffffffffu, static_cast<int>(entry.rank), i);
-    const std::size_t slot = static_cast<std::size_t>(__shfl_sync(0xffffffffu, entry.slot, i));
-    std::uint8_t* to = shared.destinations()[rank].rows + slot * params.sizes.row + first_byte;
+  for (unsigned left = __ballot_sync(0xffffffffu, rank >= 0); left != 0; left &= left - 1) {
+    const int from = __ffs(static_cast<int>(left)) - 1;
+    const auto to_slot = static_cast<std::size_t>(__shfl_sync(0xffffffffu, slot, from));
+    std::uint8_t* to =
+        shared.destinations()[__shfl_sync(0xffffffffu, rank, from)].rows + to_slot * params.sizes.row + first_byte;
 #pragma unroll 1
-    for (int word = lane; word < bytes / 4; word += 32) {
+    for (int word = static_cast<int>(threadIdx.x & 31); word < bytes / 4; word += 32) {
       reinterpret_cast<std::uint32_t*>(to)[word] = reinterpret_cast<const std::uint32_t*>(data)[word];
     }
   }
 }
 
+// A chunk in shared memory to all its places: a warp.
+__device__ void store_chunk(const LowDispatchParams& params, const LowShared& shared, const Entry& entry,
+                            const std::uint8_t* data, int first_byte, int bytes) {
+  if (!params.bulk_stores) {
+    store_plainly(params, shared, entry.rank, entry.slot, data, first_byte, bytes);
+    return;
+  }
+  if (entry.rank >= 0) {
+    bulk_store(shared.destinations()[entry.rank].rows +
+                   static_cast<std::size_t>(static_cast<unsigned>(entry.slot)) * params.sizes.row + first_byte,
+               data, static_cast<std::uint32_t>(bytes));
+  }
+  bulk_commit();
+}
+
 // Scales of a chunk beside its rows, but for entries without a rank: half a warp an entry.
-__device__ void store_scales(const LowDispatchParams& params, const LowShared& shared, const Entry& entry, int count,
-                             const float* scales, int first_block, int blocks, int row_blocks) {
+__device__ void store_scales(const LowDispatchParams& params, const LowShared& shared, const Entry& entry, int group,
+                             const float* scales, int first_block, int blocks) {
   const int lane = threadIdx.x & 15;
   const int half = threadIdx.x / 16 & 1;
-  // As in LowSlots::scale, with one division, of 32 bits.
-  const auto capacity = static_cast<std::uint32_t>(params.capacity);
-  const std::uint32_t group = static_cast<std::uint32_t>(entry.slot) / capacity;
-  const std::uint32_t row = static_cast<std::uint32_t>(entry.slot) - group * capacity;
+  // As LowSlots::scale, without a division.
+  const std::size_t at =
+      static_cast<std::size_t>(static_cast<unsigned>(group * (params.row_blocks - 1) + first_block)) *
+          static_cast<unsigned>(params.capacity) +
+      static_cast<unsigned>(entry.slot);
   unsigned long long mine = 0;
-  if (entry.rank >= 0) {
-    mine = reinterpret_cast<unsigned long long>(
-        shared.destinations()[entry.rank].scales +
-        (static_cast<std::size_t>(group) * row_blocks + static_cast<std::size_t>(first_block)) * capacity + row);
-  }
+  if (entry.rank >= 0) mine = reinterpret_cast<unsigned long long>(shared.destinations()[entry.rank].scales + at);
 #pragma unroll 1
-  for (int i = 0; i < count; i += 2) {
+  for (int i = 0; i < params.topk; i += 2) {
     auto* to = reinterpret_cast<float*>(__shfl_sync(0xffffffffu, mine, i + half));
-    if (i + half >= count || to == nullptr) continue;
-#pragma unroll 2
-    for (int block = lane; block < blocks; block += 16) {
-      store_gathered(to + static_cast<std::size_t>(block) * capacity, scales[block]);
-    }
+    if (to == nullptr) continue;
+#pragma unroll 1
+    for (int block = lane; block < blocks; block += 16) store_gathered(to + block * params.capacity, scales[block]);
   }
 }
 
@@ -714,93 +754,96 @@ __device__ void store_scales(const LowDispatchParams& params, const LowShared& s
 // or flag has to say that it has come.
 __device__ void lay_out_scales(const LowDispatchParams& params, std::uint32_t sequence, int token, int first_block,
                                int blocks, const float* scales) {
-  const int row_blocks = static_cast<int>(params.sizes.scale / sizeof(float));
-  std::uint64_t* to = params.low.scale_words + static_cast<std::size_t>(token) * row_blocks + first_block;
+  std::uint64_t* to = params.low.scale_words + token * params.scale_stride + first_block;
 #pragma unroll 1
   for (int block = threadIdx.x & 31; block < blocks; block += 32) {
     store_relaxed_device(to + block, low_word(sequence, __float_as_uint(scales[block])));
   }
 }
 
-// The first tokens of each expert, and how many it gets of this rank. The routers, once the counts are there.
-__device__ __noinline__ void list_rows(const LowDispatchParams& params, const LowShared& shared) {
+// A scale that had not come at first. Where it does not come soon, its block may have found no room on the GPU yet,
+// which another rank may hold while it waits for rows of this one: it is found from the row itself.
+template <class T>
+__device__ __noinline__ float late_scale(const LowDispatchParams& params, const std::uint64_t* at, int token, int block,
+                                         std::uint32_t sequence) {
 #pragma unroll 1
-  for (int expert = threadIdx.x; expert < params.places; expert += kRouters) {
-    shared.rows_of()[expert] = shared.counts()[expert];
+  for (int spin = 0; spin < kScaleSpins; ++spin) {
+    const std::uint64_t word = load_relaxed_device(at);
+    if (low_lead(word, sequence) == 0) return __uint_as_float(low_value(word));
   }
+  const int first = block * static_cast<int>(kFp8Block);
+  const int end = min(first + static_cast<int>(kFp8Block), params.source.hidden);
+  const std::uint8_t* row = params.source.rows + static_cast<std::size_t>(token) * params.source.hidden * T::kBytes;
+  float amax = 0.0f;
 #pragma unroll 1
-  for (int at = threadIdx.x; at < params.num_tokens * params.topk; at += kRouters) {
-    const std::int32_t expert = shared.ids()[at];
-    if (expert < 0) continue;
-    const int row = shared.places()[at] + shared.counters()[at / params.run * params.places + expert];
-    if (row < kMostListed) shared.listed()[expert * kMostListed + row] = static_cast<std::uint16_t>(at / params.topk);
+  for (int column = first; column < end; column += 4) {
+    float values[4];
+    load_four<T>(row + column * T::kBytes, values);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) amax = fmaxf(amax, finite_magnitude(values[i]));
   }
-}
-
-// A scale that had not come at first; of a rank that has failed, anything: a block that found that says to nobody that
-// its rows have come.
-__device__ __noinline__ std::uint64_t late_scale(const LowDispatchParams& params, const std::uint64_t* at,
-                                                 std::uint32_t sequence) {
-  std::uint64_t word = load_relaxed_device(at);
-#pragma unroll 1
-  for (unsigned spin = 1; low_lead(word, sequence) != 0; ++spin) {
-    if ((spin & 127) == 0 && load_relaxed_device(&params.low.group.state->failed) != 0) break;
-    word = load_relaxed_device(at);
-  }
-  return word;
+  return block_scale(amax, params.source.power_of_two);
 }
 
 // Scales of the first of this rank's rows for an expert, or a part of each; layout expert. They lie together there, a
 // few rows of each block of scales. So lanes that follow each other take rows that do, and memory sees a fraction of
 // the transactions that scales stored token by token would be. Other rows' scales are sent with them. A warp.
+template <class T>
 struct GatheredScales {
-  const std::uint64_t* from;  // of the lane's row
-  float* to;                  // likewise
-  int block;                  // the lane's first
+  int token;                  // of the lane's row
+  const std::uint64_t* from;  // its scales
+  const std::uint64_t* kept;  // likewise, in shared memory: from the part's first on
+  float* to;                  // likewise, in the receiver's memory
+  int first;                  // block of the part
   int end;                    // past its last
-  int step;
-  std::uint64_t words[kGatheredWords];
+  int lane;                   // among those of the row
+  int step;                   // how many those are
 
   // A warp of the grid has one expert, or part of one, or none.
   __device__ void find(const LowDispatchParams& params, const LowShared& shared) {
-    const int warp = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x / 32);
-    const int lane = threadIdx.x & 31;
-    const int row_blocks = static_cast<int>(params.sizes.scale / sizeof(float));
-    block = end = 0;
+    const int warp = static_cast<int>(threadIdx.x / 32);
+    const int turn = static_cast<int>(blockIdx.x) * kWarps + warp;
+    first = end = lane = 0;
     step = 1;
-    if (warp >= params.places * params.scale_parts) return;
-    const int part = warp % params.scale_parts;
-    // Ranks begin with experts of different ranks.
-    int expert = warp / params.scale_parts + params.low.group.rank * params.places / params.low.group.num_ranks;
+    const int part = turn & ((1 << params.scale_parts_log2) - 1);
+    int expert = params.first_gathered + (turn >> params.scale_parts_log2);
+    if (turn >= params.places << params.scale_parts_log2) return;
     if (expert >= params.places) expert -= params.places;
     const int rank = shared.rank_of()[expert];
-    const int rows = min(shared.rows_of()[expert], kMostListed);
+    const int rows = min(count_of(params, shared, expert, true), kMostListed);
     if (rows == 0 || shared.masked()[rank] != 0) return;
     const int shift = rows == 1 ? 0 : 32 - __clz(rows - 1);  // 1, 2, 4, 8 rows beside each other
-    const int row = lane & ((1 << shift) - 1);
+    const int row = static_cast<int>(threadIdx.x & ((1u << shift) - 1));
     if (row >= rows) return;
+    lane = static_cast<int>(threadIdx.x & 31) >> shift;
     step = 32 >> shift;
-    block = part * row_blocks / params.scale_parts + (lane >> shift);
-    end = (part + 1) * row_blocks / params.scale_parts;
-    from = params.low.scale_words + static_cast<std::size_t>(shared.listed()[expert * kMostListed + row]) * row_blocks;
+    first = (part * params.scale_stride / 2 >> params.scale_parts_log2) * 2;
+    end = ((part + 1) * params.scale_stride / 2 >> params.scale_parts_log2) * 2;
+    token = token_of(params, shared, row, expert);
+    from = params.low.scale_words + token * params.scale_stride;
+    kept = shared.at<std::uint64_t>(kScaleWords) + (warp * kMostListed + row) * params.part_words;
     to = shared.destinations()[rank].scales +
-         static_cast<std::size_t>(shared.local_of()[expert]) * row_blocks * params.capacity + shared.counts()[expert] +
-         row;
+         static_cast<std::size_t>(static_cast<unsigned>(shared.local_of()[expert] * params.row_blocks)) *
+             static_cast<unsigned>(params.capacity) +
+         shared.before()[expert] + row;
   }
-  // Asks for words; nothing waits for them yet.
-  __device__ void load() {
-#pragma unroll
-    for (int i = 0; i < kGatheredWords; ++i) {
-      if (block + i * step < end) words[i] = load_relaxed_device(from + block + i * step);
+  // Asks for words, two at a time; nothing waits for them yet.
+  __device__ void load() const {
+#pragma unroll 1
+    for (int block = first + lane * 2; block < end; block += step * 2) {
+      copy_two_words(const_cast<std::uint64_t*>(kept) + block - first, from + block);
     }
   }
-  __device__ void store(const LowDispatchParams& params, std::uint32_t sequence) {
-#pragma unroll
-    for (int i = 0; i < kGatheredWords; ++i) {
-      const int at = block + i * step;
-      if (at >= end) break;
-      if (low_lead(words[i], sequence) != 0) words[i] = late_scale(params, from + at, sequence);
-      store_gathered(to + static_cast<std::size_t>(at) * params.capacity, __uint_as_float(low_value(words[i])));
+  __device__ void store(const LowDispatchParams& params, std::uint32_t sequence) const {
+    wait_for_copies();
+    __syncwarp();
+    const int last = min(end, params.row_blocks);
+#pragma unroll 1
+    for (int block = first + lane; block < last; block += step) {
+      const std::uint64_t word = kept[block - first];
+      float scale = __uint_as_float(low_value(word));
+      if (low_lead(word, sequence) != 0) scale = late_scale<T>(params, from + block, token, block, sequence);
+      store_gathered(to + block * params.capacity, scale);
     }
   }
 };
@@ -809,6 +852,7 @@ struct GatheredScales {
 // every launch.
 template <bool kWithScales>
 struct AsTheyAre {
+  struct Gathered {};
   static constexpr bool kQuantizes = false;
   static constexpr bool kHasScales = kWithScales;
   static constexpr bool kGathers = false;
@@ -816,34 +860,23 @@ struct AsTheyAre {
 template <class ElementType, bool kGathersScales>
 struct Quantized {
   using Element = ElementType;
+  using Gathered = GatheredScales<Element>;
   static constexpr bool kQuantizes = true;
   static constexpr bool kHasScales = true;
   static constexpr bool kGathers = kGathersScales;
 };
 
-template <class Path>
-__device__ __noinline__ void prepare_chunk(const LowDispatchParams& params, const LowLoader& loader, int chunk,
-                                           int which, std::uint32_t parity, float* scales) {
-  loader.wait(which, parity);
-  if constexpr (Path::kQuantizes) {
-    using T = typename Path::Element;
-    const int elements = loader.elements(chunk);
-    if (elements % 8 == 0) {
-      quantize_chunk<T>(loader.stage(which), elements, params.source.power_of_two, scales);
-    } else {
+// Rows whose elements are no multiple of 8.
+template <class T>
+__device__ __noinline__ void quantize_plainly(std::uint8_t* chunk, int elements, bool power_of_two, float* scales) {
 #pragma unroll 1
-      for (int done = 0; done < elements; done += kQuantizedAtOnce) {
-        quantize_any_blocks<T>(loader.stage(which), done / static_cast<int>(kFp8Block), elements,
-                               params.source.power_of_two, scales);
-      }
-    }
-    fence_shared_to_bulk();
-    __syncwarp();
+  for (int done = 0; done < elements; done += kQuantizedAtOnce) {
+    quantize_any_blocks<T>(chunk, done / static_cast<int>(kFp8Block), elements, power_of_two, scales);
   }
 }
 
 // Rows of this rank's buffer that carry no token: no experts. All threads; layout rank only.
-__device__ __noinline__ void clear_tail(const LowDispatchParams& params, const LowShared& shared, bool dropped) {
+__device__ __noinline__ void clear_tail(const LowDispatchParams& params, LowShared shared, bool dropped) {
   const LowGroup& low = params.low;
   const std::int32_t rows = dropped ? 0 : shared.totals()[low.group.num_experts + low.group.rank];
   const Destination& own = shared.destinations()[low.group.rank];
@@ -887,9 +920,7 @@ __global__ void __launch_bounds__(kThreads, 1) low_dispatch_kernel(const __grid_
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x & 31;
   const int stages = params.stages;
-  const LowLoader loader{params, LowItems(params),
-                         shared.at<std::uint8_t>(kStages) + warp * stages * params.stage_bytes,
-                         shared.at<std::uint64_t>(kBarriers) + warp * stages};
+  const LowLoader loader(params, shared);
   // A warp's barriers are its own: nobody else has to see them first.
   if (params.bulk_loads && lane == 0) {
 #pragma unroll 1
@@ -901,17 +932,19 @@ __global__ void __launch_bounds__(kThreads, 1) low_dispatch_kernel(const __grid_
   // What follows up to the wait takes its time while earlier kernels end, where they have let this one begin.
   loader.prefetch();
   LowStart::prefetch(params);
+  __shared__ std::uint32_t failed;
+  __shared__ std::uint32_t repeated;
+  if (threadIdx.x == 0) repeated = 0;
   keep_constants(params, shared);
   wait_for_stream();
   const LowStart start(params);
   const std::uint32_t sequence = start.sequence;
   if (blockIdx.x == gridDim.x - 1) clear_counts(params);
 #pragma unroll 1
-  for (int i = 0; i < stages; ++i) loader.load(loader.items.first + i * kWarps, i);
+  for (int i = 0; i < stages; ++i) loader.load(loader.first + i * kWarps, i);
   // Another kernel may fail at any time: one thread has looked, for all of the block.
-  __shared__ std::uint32_t failed;
   if (threadIdx.x == 0) failed = start.failed;
-  const bool rare = __syncthreads_or(keep_start(params, shared, start)) != 0;
+  const bool rare = __syncthreads_or(keep_start(params, shared, start, repeated)) != 0;
   if (failed != 0) {
     loader.drain(0);
     return;
@@ -919,101 +952,90 @@ __global__ void __launch_bounds__(kThreads, 1) low_dispatch_kernel(const __grid_
   if (threadIdx.x == kThreads - 1) begin_operation(low, sequence);
 
   const bool by_rank = low.row_layout == RowLayout::kRank;
-  const std::int32_t* keys = by_rank ? shared.at<std::int32_t>(kKeys) : shared.ids();
-  LowPost post{static_cast<std::uint32_t>(kOperation),
-               params.wire_element,
-               static_cast<std::uint32_t>(params.topk),
-               params.sizes.weight > 0 ? 1u : 0u,
-               static_cast<std::uint32_t>(params.index),
-               0,
-               gridDim.x};
-  if (threadIdx.x < kRouters) {
-    if (by_rank) find_keys(params, shared);
-    find_places(params, shared, keys, shared.counts() + (by_rank ? group.num_experts : 0));
-    if (static_cast<int>(blockIdx.x) < group.num_ranks) {
-      if (by_rank) count_experts(params, shared);
-      if (rare) find_bad_route(params, shared, post);
-      publish_low_post(low, kKind, params.index, sequence, post, shared.heaps(), shared.masked(), shared.counts(),
-                       params.bins, kRouters);
-    }
-    if constexpr (Path::kGathers) list_rows(params, shared);
+  const bool marked = params.has_marks && repeated == 0;
+  if (static_cast<int>(blockIdx.x) < group.num_ranks) {
+    if (rare) post_rare(params, shared);
+    publish_counts(params, shared, sequence, marked, rare);
   }
   float* scales = shared.at<float>(kScales) + warp * kMostScalesAChunk;
-  const auto token_of = [&](int item) {
-    return static_cast<int>(static_cast<std::uint32_t>(item) / static_cast<std::uint32_t>(params.chunks));
-  };
-  const auto first_block_of = [&](int chunk) { return chunk * params.chunk_elements / static_cast<int>(kFp8Block); };
-  const auto blocks_of = [&](int chunk) {
-    return (loader.elements(chunk) + static_cast<int>(kFp8Block) - 1) / static_cast<int>(kFp8Block);
-  };
-  const int first_item = loader.items.first;
-  const int first_token = token_of(first_item);
-  const bool works = first_item < loader.items.end;
-  // Quantised, and its scales where others look for them.
-  const auto prepare = [&](int token, int chunk, int which, std::uint32_t parity) {
-    prepare_chunk<Path>(params, loader, chunk, which, parity, scales);
-    if constexpr (Path::kGathers) {
-      lay_out_scales(params, sequence, token, first_block_of(chunk), blocks_of(chunk), scales);
-    }
-  };
-  if (works) prepare(first_token, first_item - first_token * params.chunks, 0, 0);
-  // Counts become what comes before: all have been read. And all places are there.
-  __syncthreads();
-  LowRoutes routes{INT_MAX, 0, 0, 0, 0};
-  if (works) routes = sort_routes(params, shared, keys, first_token, by_rank);
+  const int chunk_blocks = params.chunk_elements / static_cast<int>(kFp8Block);
+  const bool gathers = Path::kGathers && marked;
+  // Half of the warps send scales first: small stores cross while the copy engine, which takes rows one after the
+  // other, is busy with those of the others. Gathered ones are few, and wait for other warps.
+  const bool scales_first = Path::kHasScales && !gathers && (warp & 1) != 0;
+  typename Path::Gathered gathered;
   LowVerdict verdict{false, false};
-  if (gather_posts(params, shared, sequence, post, rare)) verdict = judge_posts(params, shared, sequence);
-  if (verdict.failed) {
-    loader.drain(1);
-    return;
-  }
-  GatheredScales gathered;
-  if constexpr (Path::kGathers) {
-    // Words are asked for before memory is busy with rows. By now most have come.
-    if (!verdict.dropped) {
-      gathered.find(params, shared);
-      gathered.load();
-    }
-  }
   int which = 0;
   std::uint32_t parity = 0;
 #pragma unroll 1
-  for (int item = first_item; item < loader.items.end; item += kWarps) {
-    const int token = token_of(item);
-    const int chunk = item - token * params.chunks;
-    if (item != first_item) {
-      routes = sort_routes(params, shared, keys, token, by_rank);
-      prepare(token, chunk, which, parity);
-    }
-    const Entry entry = place_entries(params, shared, routes, by_rank, verdict.dropped);
-    const int count = __popc(__ballot_sync(0xffffffffu, entry.rank >= 0));
-    const int elements = loader.elements(chunk);
-    store_chunk(params, shared, entry, count, loader.stage(which), chunk * params.chunk_elements * params.out_bytes,
-                elements * params.out_bytes);
-    if constexpr (Path::kHasScales) {
-      Entry others = entry;
+  for (int number = loader.first;; number += kWarps) {
+    const bool works = number < loader.end;
+    const LowItem item(params, number);
+    const int elements = loader.elements(item.chunk);
+    const int blocks = static_cast<int>(static_cast<unsigned>(elements + static_cast<int>(kFp8Block) - 1) / kFp8Block);
+    LowRoutes routes{INT_MAX, 0, 0, 0, 0};
+    if (works) {
+      routes = sort_routes(params, shared, item.token, by_rank, marked);
+      loader.wait(which, parity);
+      if constexpr (Path::kQuantizes) {
+        using T = typename Path::Element;
+        if (elements % 8 == 0) {
+          quantize_briefly<T>(loader.stage(which), elements, params.source.power_of_two, scales);
+        } else {
+          quantize_plainly<T>(loader.stage(which), elements, params.source.power_of_two, scales);
+        }
+        fence_shared_to_bulk();
+        __syncwarp();
+      }
       if constexpr (Path::kGathers) {
-        if (__shfl_sync(0xffffffffu, routes.index, routes.from) < kMostListed) others.rank = -1;
-      }
-      if (!Path::kGathers || __any_sync(0xffffffffu, others.rank >= 0)) {
-        const int first_block = first_block_of(chunk);
-        const int row_blocks = static_cast<int>(params.sizes.scale / sizeof(float));
-        const float* from = Path::kQuantizes
-                                ? scales
-                                : params.source.scales + static_cast<std::size_t>(token) * row_blocks + first_block;
-        store_scales(params, shared, others, count, from, first_block, blocks_of(chunk), row_blocks);
+        if (marked) lay_out_scales(params, sequence, item.token, item.chunk * chunk_blocks, blocks, scales);
       }
     }
-    if (chunk == 0) {
-      if (lane < params.topk) {
-        params.routing.entries[token * params.topk + lane] = entry;
-        params.routing.ids[token * params.topk + lane] = shared.ids()[token * params.topk + lane];
+    if (number == loader.first) {
+      if (gather_posts(params, shared, sequence, rare)) verdict = judge_posts(params, shared, sequence);
+      if (verdict.failed) {
+        loader.drain(1);
+        return;
       }
-      if (by_rank) send_metadata(params, shared, token, entry, count);
+      if constexpr (Path::kGathers) {
+        if (gathers && !verdict.dropped) {
+          gathered.find(params, shared);
+          gathered.load();
+        }
+      }
+    }
+    if (!works) break;
+    const Entry entry = place_entries(params, shared, routes, by_rank, verdict.dropped);
+#pragma unroll 1
+    for (int turn = 0; turn < 2; ++turn) {
+      if ((turn == 0) != scales_first) {
+        store_chunk(params, shared, entry, loader.stage(which), item.chunk * params.chunk_elements * params.out_bytes,
+                    elements * params.out_bytes);
+      } else if constexpr (Path::kHasScales) {
+        Entry others = entry;
+        if constexpr (Path::kGathers) {
+          if (gathers && __shfl_sync(0xffffffffu, routes.index, routes.from) < kMostListed) others.rank = -1;
+          if (!__any_sync(0xffffffffu, others.rank >= 0)) continue;
+        }
+        const float* from = scales;
+        if constexpr (!Path::kQuantizes) {
+          from = params.source.scales + static_cast<std::size_t>(item.token) * params.row_blocks +
+                 item.chunk * chunk_blocks;
+        }
+        const int group = __shfl_sync(0xffffffffu, routes.group, routes.from);
+        store_scales(params, shared, others, group, from, item.chunk * chunk_blocks, blocks);
+      }
+    }
+    if (item.chunk == 0) {
+      if (lane < params.topk) {
+        params.routing.entries[item.token * params.topk + lane] = entry;
+        params.routing.ids[item.token * params.topk + lane] = shared.ids()[item.token * params.topk + lane];
+      }
+      if (by_rank) send_metadata(params, shared, item.token, entry);
     }
     __syncwarp();
-    const int next = item + stages * kWarps;
-    if (next < loader.items.end) {
+    const int next = number + stages * kWarps;
+    if (next < loader.end) {
       if (params.bulk_stores) bulk_wait_read<0>();
       __syncwarp();
       loader.load(next, which);
@@ -1024,7 +1046,7 @@ __global__ void __launch_bounds__(kThreads, 1) low_dispatch_kernel(const __grid_
     }
   }
   if constexpr (Path::kGathers) {
-    if (!verdict.dropped) gathered.store(params, sequence);
+    if (gathers && !verdict.dropped) gathered.store(params, sequence);
   }
   if (by_rank) clear_tail(params, shared, verdict.dropped);
   if (verdict.dropped && threadIdx.x == 0) low.state->gave_up[params.index] = sequence;
@@ -1035,7 +1057,7 @@ __global__ void __launch_bounds__(kThreads, 1) low_dispatch_kernel(const __grid_
   signal_arrival(low, kKind, params.index, sequence, shared.heaps(), shared.masked(),
                  gridDim.x | (verdict.dropped ? kLowGaveUp : 0u));
   // By two blocks, where there are two: the first one waits for what the others send.
-  if (blockIdx.x == gridDim.x - 1) tell_counts(params, shared, sequence, verdict.dropped);
+  if (blockIdx.x == gridDim.x - 1) tell_counts(params, shared, sequence, verdict.dropped, marked);
   if (blockIdx.x != 0 || (params.halves & kLowReceive) == 0) return;
   const int header = static_cast<int>(low.layout.header_words());
   receive(low, shared.heaps()[group.rank], params.routing, params.index, sequence, shared.masked(), [&](int source) {
@@ -1074,30 +1096,43 @@ cudaError_t visit_low_path(const LowDispatchParams& params, Visit&& visit) {
   if (params.sizes.scale == 0) return visit(AsTheyAre<false>{});
   if (!params.source.quantize) return visit(AsTheyAre<true>{});
   return visit_element_on_host(params.source.element, [&](auto tag) {
-    return params.scale_parts > 0 ? visit(Quantized<decltype(tag), true>{}) : visit(Quantized<decltype(tag), false>{});
+    return params.gathers_scales ? visit(Quantized<decltype(tag), true>{}) : visit(Quantized<decltype(tag), false>{});
   });
 }
 
 }  // namespace
 
-std::size_t complete_low_dispatch(LowDispatchParams& params) {
+std::size_t complete_low_dispatch(LowDispatchParams& params, int blocks) {
   params.chunks = (params.source.hidden + params.chunk_elements - 1) / params.chunk_elements;
+  params.chunks_inverse = inverse_of(params.chunks);
+  params.topk_inverse = inverse_of(params.topk);
+  params.items_each = params.num_tokens * params.chunks / blocks;
+  params.items_left = params.num_tokens * params.chunks % blocks;
   params.stage_bytes = static_cast<std::int32_t>(chunk_bytes(params));
   params.element_bytes = static_cast<std::int32_t>(element_bytes(params.source.element));
+  params.source_bytes = params.source.hidden * params.element_bytes;
+  params.chunk_bytes = params.chunk_elements * params.element_bytes;
   params.out_bytes = params.source.quantize ? 1 : params.element_bytes;
-  params.wire_element = static_cast<std::uint32_t>(params.sizes.scale > 0 ? Element::kFloat8 : params.source.element);
   params.bins =
       params.low.group.num_experts + (params.low.row_layout == RowLayout::kRank ? params.low.group.num_ranks : 0);
   params.receive_offset = params.low.layout.receive(static_cast<std::size_t>(params.index));
   params.posts_offset = params.low.layout.post(kKind, static_cast<std::size_t>(params.index), 0);
   params.post_stride = static_cast<std::int32_t>(params.low.layout.post_stride() / sizeof(std::uint64_t));
   params.header_words = static_cast<std::int32_t>(params.low.layout.header_words());
+  params.post[static_cast<int>(LowWord::kOperation)] = static_cast<std::uint32_t>(kOperation);
+  params.post[static_cast<int>(LowWord::kElement)] =
+      static_cast<std::uint32_t>(params.sizes.scale > 0 ? Element::kFloat8 : params.source.element);
+  params.post[static_cast<int>(LowWord::kTopk)] = static_cast<std::uint32_t>(params.topk);
+  params.post[static_cast<int>(LowWord::kHasWeights)] = params.sizes.weight > 0 ? 1 : 0;
+  params.post[static_cast<int>(LowWord::kIndex)] = static_cast<std::uint32_t>(params.index);
+  params.post[static_cast<int>(LowWord::kBlocks)] = static_cast<std::uint32_t>(blocks);
   params.capacity = static_cast<std::int32_t>(params.low.slots.capacity);
+  params.row_blocks = static_cast<std::int32_t>(params.sizes.scale / sizeof(float));
   params.arrays =
       params.low.slots.arrays(params.sizes.row, params.sizes.scale, params.sizes.weight, params.sizes.index);
   params.places = params.low.row_layout == RowLayout::kRank ? params.low.group.num_ranks : params.low.group.num_experts;
-  const int routes = params.num_tokens * params.topk;
-  params.run = std::max(32, (routes + 32 * params.count_warps - 1) / (32 * params.count_warps) * 32);
+  params.mark_words = (params.num_tokens + 31) / 32;
+  params.mark_stride = params.mark_words | 1;  // Odd: neighbours in different banks of shared memory.
   lay_out(params);
   return params.offsets[kNumArrays];
 }

@@ -31,7 +31,7 @@ LowSlots Communicator::low_slots(std::int32_t most_local_experts) const {
 // As many as a rank's tokens have scales: source rows are of 2 bytes an element or more, and no longer than a slot.
 std::size_t Communicator::low_scale_words(const LowSlots& slots) const {
   if (slots.slots() == 0) return 0;
-  return at(options_.low_tokens) * divided_up(pool_->low().rows_bytes / slots.slots(), 2 * kFp8Block);
+  return at(options_.low_tokens) * align_up(divided_up(pool_->low().rows_bytes / slots.slots(), 2 * kFp8Block), 2);
 }
 
 void Communicator::fill_low_group(LowState* state, std::uint64_t* scale_words, const LowSlots& slots) {
@@ -83,21 +83,28 @@ LowBlock Communicator::low_block(int index, const RowSizes& sizes, cudaStream_t 
   return block;
 }
 
-// See LowDispatchParams: 0 where rows are too few or too many for it, or too long. Links between GPUs carry few large
-// stores better than many small ones; to the L2 of one GPU it makes no difference, and there the detour costs.
-std::int32_t Communicator::scale_parts(const LowDispatchParams& params, int blocks) const {
+// Whether, and how, scales are gathered: not where rows are too few or too many for it, or too long.
+void Communicator::plan_gathering(LowDispatchParams& params, int blocks) const {
   const std::int64_t experts = group_.num_experts;
   const std::int64_t routes = std::int64_t{params.num_tokens} * params.topk;
-  const std::int64_t scales = divided_up(params.source.hidden, kFp8Block);
+  const std::int64_t stride = align_up(divided_up(params.source.hidden, kFp8Block), 2);
   const std::int64_t warps_each = blocks * kWarps / experts;
-  const bool pays = !group_.on_one_device && routes >= kFewestGatheredRows * experts && routes <= kMostListed * experts;
-  if (tuned_gather_ < 0 || (tuned_gather_ == 0 && !pays) || options_.low_layout != RowLayout::kExpert ||
-      warps_each == 0 || at(params.num_tokens * scales) > low_scale_words(low_.slots)) {
-    return 0;
+  const bool pays = routes >= kFewestGatheredRows * experts && routes <= kMostListed * experts;
+  params.gathers_scales = false;
+  if (!params.source.quantize || !params.has_marks || tuned_gather_ < 0 || (tuned_gather_ == 0 && !pays) ||
+      options_.low_layout != RowLayout::kExpert || warps_each == 0 ||
+      at(params.num_tokens * stride) > low_scale_words(low_.slots)) {
+    return;
   }
-  const std::int64_t parts = std::min(warps_each, divided_up(scales, kFewestGatheredScales));
-  const bool fit = divided_up(scales, parts) <= kGatheredWords * 32 / kMostListed;
-  return fit ? static_cast<std::int32_t>(parts) : 0;
+  int parts_log2 = 0;
+  while (2 << parts_log2 <= warps_each && (kFewestGatheredScales << (parts_log2 + 1)) <= stride) ++parts_log2;
+  const std::int64_t part_words = 2 * divided_up(stride / 2, std::int64_t{1} << parts_log2);
+  if (part_words > kMostPartWords) return;
+  params.gathers_scales = true;
+  params.scale_parts_log2 = parts_log2;
+  params.scale_stride = static_cast<std::int32_t>(stride);
+  params.part_words = static_cast<std::int32_t>(part_words);
+  params.first_gathered = static_cast<std::int32_t>(group_.rank * experts / num_ranks());
 }
 
 void Communicator::low_dispatch(const LowDispatchArguments& arguments) {
@@ -141,18 +148,17 @@ void Communicator::low_dispatch(const LowDispatchArguments& arguments) {
   if (tuned_send_.chunk_bytes > 0) params.chunk_elements = static_cast<std::int32_t>(tuned_send_.chunk_bytes / element);
   const std::int64_t items = arguments.num_tokens * divided_up(source.hidden, params.chunk_elements);
   const int blocks = static_cast<int>(std::clamp<std::int64_t>(items, 1, most));
-  params.scale_parts = source.quantize ? scale_parts(params, blocks) : 0;
   // Less is slower, but all of it works.
   bool fits = false;
-  for (int stages = one_each ? 1 : 2; stages > 0; --stages) {
-    // A warp counts 32 routes at a time.
-    int warps = kLowCountWarps;
-    while (warps > 1 && (warps / 2) * 32 >= arguments.num_tokens * arguments.topk) warps /= 2;
-    for (; warps > 0 && !fits; warps /= 2) {
+  for (const bool marks : {true, false}) {
+    params.has_marks = marks;
+    plan_gathering(params, blocks);
+    for (int stages = one_each ? 1 : 2; stages > 0 && !fits; --stages) {
       params.stages = stages;
-      params.count_warps = warps;
-      fits = complete_low_dispatch(params) <= most_shared_bytes_;
+      fits = complete_low_dispatch(params, blocks) <= most_shared_bytes_;
     }
+    // In layout rank marks say where a row goes once.
+    if (fits || by_rank) break;
   }
   if (!fits) {
     throw Error(ErrorKind::kConfig, std::to_string(group_.num_experts) + " experts and " +
@@ -222,17 +228,22 @@ bool Communicator::low_combine(const LowCombineArguments& arguments) {
 
   params.pipeline = reduce_pipeline(num_ranks(), params.topk, false);
   params.pipeline.chunk_bytes = kReduceChunk;
-  while (low_combine_shared_bytes(params) > most_shared_bytes_ && params.pipeline.warps > 1) --params.pipeline.warps;
-  const std::int64_t row = arguments.hidden * static_cast<std::int64_t>(element_bytes(arguments.element));
   const int most = most_low_blocks(arguments.num_sms);
   params.send_blocks = most;
+  while (complete_low_combine(params) > most_shared_bytes_ && params.pipeline.warps > 1) --params.pipeline.warps;
   int blocks = 1;
   if (copies) blocks = most;
   if (receives) {
     const int warps = params.quantize ? kWarps : params.pipeline.warps;
-    const std::int64_t items = arguments.num_tokens * divided_up(row, params.quantize ? 512 : kReduceChunk);
-    blocks = std::max(blocks, static_cast<int>(std::clamp<std::int64_t>(divided_up(items, warps), 1, most)));
+    const std::int64_t chunks =
+        params.quantize
+            ? divided_up(arguments.hidden * static_cast<std::int64_t>(element_bytes(arguments.element)), 512)
+            : params.chunks;
+    blocks = std::max(
+        blocks, static_cast<int>(std::clamp<std::int64_t>(divided_up(arguments.num_tokens * chunks, warps), 1, most)));
   }
+  params.token_step = blocks * params.pipeline.warps / params.chunks;
+  params.chunk_step = blocks * params.pipeline.warps % params.chunks;
   queue_behind(arguments.stream);
   MOE_EP_CUDA_CHECK(launch_low_combine(params, blocks, arguments.stream));
   queued(arguments.stream);

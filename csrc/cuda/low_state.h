@@ -84,8 +84,8 @@ struct LowGroup {
   // Registered memory, see row_memory.h: where each rank's is mapped here, and whether this rank's is everywhere.
   std::uint8_t** segments;    // [num_ranks][kMostRowSegments]
   std::uint64_t* registered;  // [kMostRowSegments] CUDA's number of the allocation; 0: none is registered
-  // Scales of a dispatch's source rows on their way between this rank's warps: [tokens][blocks of a row], each a
-  // low_word().
+  // Scales of a dispatch's source rows on their way between this rank's warps: [tokens][blocks of a row, rounded up to
+  // 2], each a low_word().
   std::uint64_t* scale_words;
   bool mask_on_timeout;
   bool starts_early;     // see launch_early()
@@ -96,11 +96,11 @@ struct LowGroup {
 // Which halves of an operation a launch does.
 enum LowHalves : std::int32_t { kLowSend = 1, kLowReceive = 2, kLowBoth = 3 };
 
-constexpr int kLowDispatchOffsets = 19;
-constexpr int kLowCountWarps = 8;
-// Of this rank's rows for an expert, those whose scales a warp gathers; and how many words a lane has for them.
+constexpr int kLowDispatchOffsets = 17;
+constexpr int kLowCombineOffsets = 15;
+// Of this rank's rows for an expert, those whose scales a warp gathers; and how many of each at most.
 constexpr int kMostListed = 8;
-constexpr int kGatheredWords = 16;
+constexpr int kMostPartWords = 64;
 
 struct LowDispatchParams {
   LowGroup low;
@@ -113,23 +113,35 @@ struct LowDispatchParams {
   std::int32_t index;
   std::int32_t chunk_elements;  // of a row that a warp moves at a time: whole FP8 blocks where rows are quantised
   std::int32_t stages;          // of each warp's ring
-  std::int32_t count_warps;     // that count routes: as many as shared memory has counters for
+  bool has_marks;               // shared memory has room for them, see mark_words
   bool bulk_loads;
   bool bulk_stores;
   LowHalves halves;
-  std::int32_t scale_parts;  // in how many parts warps gather the scales of an expert; 0: they are sent with their rows
+  bool gathers_scales;            // by expert, or they are sent with their rows
+  std::int32_t scale_parts_log2;  // in how many parts warps gather those of an expert
+  std::int32_t scale_stride;      // words that a row has for them
+  std::int32_t part_words;        // at most
+  std::int32_t first_gathered;    // expert, so that ranks begin with experts of different ranks
   // What follows from the above; see complete_low_dispatch().
-  std::int32_t chunks;         // of a row
-  std::int32_t stage_bytes;    // of the ring
-  std::int32_t element_bytes;  // of the source
-  std::int32_t out_bytes;      // of an element as it crosses
-  std::uint32_t wire_element;  // Element of it
-  std::int32_t bins;           // experts, and ranks in layout rank
-  std::int32_t places;         // experts, or ranks in layout rank: where rows go
-  std::int32_t run;            // of routes that a warp counts
-  std::int32_t header_words;   // of a post
-  std::int32_t post_stride;    // in words
+  std::int32_t chunks;           // of a row
+  std::uint32_t chunks_inverse;  // see inverse_of()
+  std::uint32_t topk_inverse;    // likewise
+  std::int32_t items_each;       // of a block
+  std::int32_t items_left;       // blocks with one more
+  std::int32_t source_bytes;     // of a row
+  std::int32_t chunk_bytes;      // of that
+  std::int32_t stage_bytes;      // of the ring
+  std::int32_t element_bytes;    // of the source
+  std::int32_t out_bytes;        // of an element as it crosses
+  std::int32_t bins;             // experts, and ranks in layout rank
+  std::int32_t places;           // experts, or ranks in layout rank: where rows go
+  std::int32_t mark_words;       // of a place: a bit a token
+  std::int32_t mark_stride;
+  std::int32_t header_words;                             // of a post
+  std::uint32_t post[static_cast<int>(LowWord::kMask)];  // its words but for bad routes
+  std::int32_t post_stride;                              // in words
   std::int32_t capacity;
+  std::int32_t row_blocks;                     // scales of a row
   std::size_t posts_offset;                    // of this dispatch, in every rank's heap
   std::size_t receive_offset;                  // in every rank's heap
   ReceiveBlock arrays;                         // from there
@@ -161,7 +173,22 @@ struct LowCombineParams {
   std::uint8_t* out;
   float* lost;  // [num_tokens]
   LowHalves halves;
+  // What follows from the above; see complete_low_combine().
+  std::int32_t row_bytes;
+  std::int32_t chunks;           // of a row, as they are summed
+  std::uint32_t chunks_inverse;  // see inverse_of()
+  std::int32_t token_step;       // from a warp's chunk to its next
+  std::int32_t chunk_step;
+  std::int32_t post_stride;                              // in words
+  std::size_t posts_offset;                              // in every rank's heap
+  std::uint32_t post[static_cast<int>(LowWord::kMask)];  // its words but for what the kernel finds out
+  std::uint32_t offsets[kLowCombineOffsets];             // of arrays in shared memory, and their end
 };
+
+// For __umulhi(): 2^32 / divisor, rounded up; exact for numbers of less than that. 0 for a divisor of 1.
+inline std::uint32_t inverse_of(std::int32_t divisor) {
+  return divisor > 1 ? 0xffffffffu / static_cast<std::uint32_t>(divisor) + 1 : 0u;
+}
 
 }  // namespace gpu
 }  // namespace moe_ep

@@ -132,51 +132,34 @@ __device__ inline bool begin_operation(const LowGroup& low, std::uint32_t sequen
   return true;
 }
 
-// Threads of one block: the words before the counts of a post, in shared memory. A barrier comes next.
-struct LowPost {
-  std::uint32_t operation;
-  std::uint32_t element;
-  std::uint32_t topk;
-  std::uint32_t has_weights;
-  std::uint32_t index;
-  std::uint32_t handle;
-  std::uint32_t blocks;
-  std::uint32_t gave_up;
-  std::uint32_t segment;
-  std::uint32_t offset;
-  std::uint32_t bad_route;
-  std::uint32_t bad_expert;
-};
-static_assert(sizeof(LowPost) / sizeof(std::uint32_t) == static_cast<std::size_t>(LowWord::kMask), "a field a word");
-
-// Threads [0, threads) of every block: writes the words of a post into the heap of every rank that is not left out, a
-// rank a block where there are as many. `masked` says which are left out; the counts may be none.
-__device__ inline void publish_low_post(const LowGroup& low, LowKind kind, int index, std::uint32_t sequence,
-                                        const LowPost& post, std::uint8_t* const* heaps, const std::uint8_t* masked,
-                                        const std::int32_t* counts, int num_counts, int threads) {
-  const int ranks = low.group.num_ranks;
-  const int header = static_cast<int>(low.layout.header_words());
-  const int fields = static_cast<int>(LowWord::kMask);
-  const int words = header + num_counts;
+// Which ranks are left out, into the words of a post. A warp, which sees them then.
+static __device__ __noinline__ void post_masks(std::uint32_t* post, const std::uint8_t* masked, int num_ranks) {
 #pragma unroll 1
-  for (int i = static_cast<int>(blockIdx.x); i < ranks; i += static_cast<int>(gridDim.x)) {
+  for (int first = 0; first < num_ranks; first += 32) {
+    const int rank = first + static_cast<int>(threadIdx.x & 31);
+    const unsigned out = __ballot_sync(0xffffffffu, rank < num_ranks && masked[rank] != 0);
+    if (rank == first) post[static_cast<int>(LowWord::kMask) + first / 32] = out;
+  }
+  __syncwarp();
+}
+
+// Threads [0, threads) of every block: writes the words of a post, `value_of(word)`, into the heap of every rank that
+// is not left out, a rank a block where there are as many. `masked` says which are left out; `offset` is that of posts
+// in every heap, and `stride` from one rank's to the next, in words.
+template <class ValueOf>
+__device__ inline void publish_post(const Group& group, std::uint8_t* const* heaps, const std::uint8_t* masked,
+                                    std::size_t offset, int stride, std::uint32_t sequence, int words, int threads,
+                                    ValueOf&& value_of) {
+#pragma unroll 1
+  for (int i = static_cast<int>(blockIdx.x); i < group.num_ranks; i += static_cast<int>(gridDim.x)) {
     // Starting behind oneself spreads the stores, as every rank does this at about the same time.
-    const int reader = low.group.rank + 1 + i < ranks ? low.group.rank + 1 + i : low.group.rank + 1 + i - ranks;
+    int reader = group.rank + 1 + i;
+    if (reader >= group.num_ranks) reader -= group.num_ranks;
     if (masked[reader] != 0) continue;
-    std::uint64_t* to = low_post_of(low, heaps[reader], kind, index, low.group.rank);
+    auto* to = reinterpret_cast<std::uint64_t*>(heaps[reader] + offset) + group.rank * stride;
 #pragma unroll 1
     for (int word = static_cast<int>(threadIdx.x); word < words; word += threads) {
-      std::uint32_t value = 0;
-      if (word < fields) {
-        value = reinterpret_cast<const std::uint32_t*>(&post)[word];
-      } else if (word >= header) {
-        value = static_cast<std::uint32_t>(counts[word - header]);
-      } else {
-        const int first = (word - fields) * 32;
-#pragma unroll 1
-        for (int bit = 0; bit < 32 && first + bit < ranks; ++bit) value |= masked[first + bit] != 0 ? 1u << bit : 0u;
-      }
-      store_relaxed_system(to + word, low_word(sequence, value));
+      store_relaxed_system(to + word, low_word(sequence, value_of(word)));
     }
   }
 }

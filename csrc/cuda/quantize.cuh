@@ -26,6 +26,14 @@ __device__ inline float block_scale(float amax, bool power_of_two) {
   return scale;
 }
 
+// 1 / scale of a block_scale(), rounded correctly. No such scale nor its reciprocal is a denormal number or overflows,
+// so that one step of refinement does; __frcp_rn() looks for those first.
+__device__ inline float reciprocal_of_scale(float scale) {
+  float estimate;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(estimate) : "f"(scale));
+  return __fmaf_rn(estimate, __fmaf_rn(-scale, estimate, 1.0f), estimate);
+}
+
 __device__ inline float finite_magnitude(float value) {
   const float magnitude = fabsf(value);
   return magnitude < __uint_as_float(0x7f800000u) ? magnitude : 0.0f;
@@ -83,11 +91,11 @@ __device__ inline QuantizedFour quantize_four(const float (&values)[4], bool pow
 }
 
 // Blocks of a chunk in place, one after the other: for the rare ones with infinities or NaN, which do not count.
-template <class T>
+template <class T, int kAtOnce = kQuantizedAtOnce>
 __device__ __noinline__ void quantize_any_blocks(std::uint8_t* chunk, int first, int elements, bool power_of_two,
                                                  float* scales) {
   const int lane = threadIdx.x & 31;
-  const int end = min(elements, first * static_cast<int>(kFp8Block) + kQuantizedAtOnce);
+  const int end = min(elements, first * static_cast<int>(kFp8Block) + kAtOnce);
   for (int block = first; block * static_cast<int>(kFp8Block) < end; ++block) {
     const int column = block * static_cast<int>(kFp8Block) + lane * 4;
     float values[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -165,6 +173,61 @@ __device__ inline void quantize_eight_blocks(std::uint8_t* chunk, int first, int
     }
   }
   __syncwarp();
+}
+
+// The same in less code, for kernels that go through it once: four blocks at a time, a block by eight lanes.
+template <class T>
+__device__ inline void quantize_briefly(std::uint8_t* chunk, int elements, bool power_of_two, float* scales) {
+  constexpr int kVectors = 8 / T::kPerVector;
+  constexpr int kBlock = static_cast<int>(kFp8Block);
+  const int lane = threadIdx.x & 31;
+#pragma unroll 1
+  for (int first = 0; first < elements; first += 4 * kBlock) {
+    const int block = first / kBlock + lane / 8;
+    const int column = block * kBlock + (lane & 7) * 8;  // and half a block further
+    uint4 vectors[2][kVectors];
+    std::uint32_t peak = 0;
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        vectors[u][v] = make_uint4(0, 0, 0, 0);
+        if (column + u * kBlock / 2 < elements) {
+          vectors[u][v] = reinterpret_cast<const uint4*>(chunk + (column + u * kBlock / 2) * T::kBytes)[v];
+        }
+        peak = T::larger(peak, T::peak(vectors[u][v]));
+      }
+    }
+#pragma unroll
+    for (int distance = 4; distance > 0; distance /= 2) {
+      peak = T::larger(peak, __shfl_xor_sync(0xffffffffu, peak, distance));
+    }
+    const float amax = T::magnitude(peak);
+    // What is written below lies before what later turns read; and by then all have read theirs.
+    if (__all_sync(0xffffffffu, amax < __uint_as_float(0x7f800000u)) == 0) {
+      quantize_any_blocks<T, 4 * kBlock>(chunk, first / kBlock, elements, power_of_two, scales);
+      continue;
+    }
+    const float scale = block_scale(amax, power_of_two);
+    const float reciprocal = reciprocal_of_scale(scale);
+    if ((lane & 7) == 0 && column < elements) scales[block] = scale;
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      float values[8];
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        float unpacked[T::kPerVector];
+        T::unpack(vectors[u][v], unpacked);
+#pragma unroll
+        for (int i = 0; i < T::kPerVector; ++i) values[v * T::kPerVector + i] = unpacked[i];
+      }
+      if (column + u * kBlock / 2 < elements) {
+        *reinterpret_cast<uint2*>(chunk + column + u * kBlock / 2) =
+            make_uint2(finite_to_e4m3x4(values, reciprocal), finite_to_e4m3x4(values + 4, reciprocal));
+      }
+    }
+    __syncwarp();
+  }
 }
 
 // Quantises a chunk in place: whole blocks of 128 but for a row's last, in units of 16 elements.
