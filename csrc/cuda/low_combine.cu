@@ -92,7 +92,8 @@ struct LowEntry {
 struct LowRoute {
   Entry entry;
   float factor;
-  bool wanted;  // by the caller, still
+  std::int32_t id;  // as dispatched
+  std::int64_t asked;
 };
 
 // Where some routes in between are lost: the others move up.
@@ -129,12 +130,13 @@ struct LowJob {
   // Asks for what lane j is to know of a token's route number j.
   __device__ LowRoute fetch(int token) const {
     const int lane = threadIdx.x & 31;
-    LowRoute route{Entry{-1, -1, -1}, 1.0f, true};
+    LowRoute route{Entry{-1, -1, -1}, 1.0f, 0, 0};
     if (lane >= topk || token >= params.num_tokens) return route;
     const int at = token * topk + lane;
     route.entry = params.routing.entries[at];
     if (params.has_weights) route.factor = params.weights[at];
-    route.wanted = params.topk_idx[at] == params.routing.ids[at];
+    route.id = params.routing.ids[at];
+    route.asked = params.topk_idx[at];
     return route;
   }
   // All lanes: lane j's entry of a token.
@@ -142,7 +144,7 @@ struct LowJob {
     LowEntry found{route.entry.slot, route.entry.rank, route.factor};
     if (params.low.row_layout == RowLayout::kExpert) {
       const int position = max(static_cast<int>(route.entry.position), 0);
-      const unsigned wanted = __ballot_sync(0xffffffffu, route.wanted);
+      const unsigned wanted = __ballot_sync(0xffffffffu, route.asked == route.id);
       found.factor = __shfl_sync(0xffffffffu, route.factor, position);
       if ((wanted >> position & 1) == 0) found.rank = -1;
     }
@@ -154,9 +156,10 @@ struct LowJob {
 };
 
 // As reduce_rows_bulk(), in less code: what a call with few tokens takes is the time in which code is fetched, see
-// low_dispatch.cu. An entry is found once, and kept until its rows are there.
+// low_dispatch.cu. An entry is found once, and kept until its rows are there. `item` is the warp's first, and `route`
+// what job.fetch() gave for it.
 template <class R>
-__device__ inline void sum_rows(const LowJob& job, const LowCombineShared& shared) {
+__device__ inline void sum_rows(const LowJob& job, const LowCombineShared& shared, LowItem item, LowRoute route) {
   const LowCombineParams& params = job.params;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x & 31;
@@ -166,17 +169,8 @@ __device__ inline void sum_rows(const LowJob& job, const LowCombineShared& share
   std::uint8_t* stages = shared.at<std::uint8_t>(kStages) + warp * depth * stage_bytes;
   std::uint64_t* barriers = shared.at<std::uint64_t>(kBarriers) + warp * depth;
   KeptEntry* kept = shared.at<KeptEntry>(kKept) + warp * depth * job.topk;
-  // A warp's barriers are its own: nobody else has to see them first.
-  if (lane == 0) {
-#pragma unroll 1
-    for (int i = 0; i < depth; ++i) barrier_init(barriers + i, 1);
-    fence_barrier_init();
-  }
   fence_bulk_to_global();
-  __syncwarp();
-  LowItem loading(params, static_cast<int>(blockIdx.x) * params.pipeline.warps + warp);
-  LowItem item = loading;
-  LowRoute route = job.fetch(loading.token);
+  LowItem loading = item;
   int on_their_way = 0;
   int load_stage = 0;
   int stage = 0;
@@ -386,7 +380,7 @@ struct LowCombineStart {
     if (static_cast<int>(threadIdx.x) >= low.group.num_ranks) return;
     since = load_relaxed_device(low.masked_since + threadIdx.x);
     gave_up = params.routing.gave_up[threadIdx.x];
-    base = low.group.bases[threadIdx.x];
+    base = low.group.num_ranks <= kHeapsAtHand ? params.heaps[threadIdx.x] : low.group.bases[threadIdx.x];
   }
 };
 
@@ -536,8 +530,7 @@ __device__ __noinline__ void finish_reading(const LowCombineParams& params, std:
 }
 
 // The routes of a warp's first token, which it will want as soon as it has waited.
-__device__ void prefetch_routes(const LowCombineParams& params) {
-  const LowItem item(params, static_cast<int>(blockIdx.x) * params.pipeline.warps + static_cast<int>(threadIdx.x / 32));
+__device__ void prefetch_routes(const LowCombineParams& params, const LowItem& item) {
   const int lane = threadIdx.x & 31;
   if (item.token >= params.num_tokens || lane >= 4) return;
   const int at = item.token * params.topk;
@@ -572,6 +565,22 @@ __device__ __noinline__ void keep_more_ranks(const LowCombineParams& params, std
   }
 }
 
+// Of the rings that the launch uses. All threads; a barrier comes before those of the copies are used.
+__device__ void init_barriers(const LowCombineParams& params, const LowCombineShared& shared, bool copies, bool sums) {
+  if (!params.pipeline.use_bulk) return;
+  if (copies) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kWarps * kCopyStages; i += kThreads) barrier_init(shared.copy_barriers() + i, 1);
+  }
+  if (sums && (threadIdx.x & 31) == 0 && static_cast<int>(threadIdx.x / 32) < params.pipeline.warps) {
+    std::uint64_t* own = shared.at<std::uint64_t>(kBarriers) + threadIdx.x / 32 * params.pipeline.stages;
+#pragma unroll 1
+    for (int i = 0; i < params.pipeline.stages; ++i) barrier_init(own + i, 1);
+  }
+  fence_barrier_init();
+  fence_shared_to_bulk();
+}
+
 // Where rows are, one kernel each: code that is not needed costs instruction fetches at every launch.
 enum class Rows : int {
   kInPlace,    // in every rank's heap
@@ -584,12 +593,18 @@ __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_c
   extern __shared__ __align__(128) std::uint8_t memory[];
   const LowGroup& low = params.low;
   const Group& group = low.group;
-  wait_for_stream();
-  const LowCombineStart start(params);
   const LowCombineShared shared{memory, params.offsets};
   const bool sends = (params.halves & kLowSend) != 0;
+  const bool receives = (params.halves & kLowReceive) != 0;
   constexpr bool kCopies = kRows != Rows::kInPlace;
   constexpr bool kQuantizes = kRows == Rows::kQuantized;
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  const LowItem item(params, static_cast<int>(blockIdx.x) * params.pipeline.warps + warp);
+  // What follows up to the wait takes its time while earlier kernels end, where they have let this one begin.
+  if (receives && !kQuantizes) prefetch_routes(params, item);
+  init_barriers(params, shared, kCopies && sends, receives && !kQuantizes);
+  wait_for_stream();
+  const LowCombineStart start(params);
   const std::uint32_t sequence = sends ? start.begun + 1 : start.header.combine_sequence;
   const bool gave_up = start.dropped == start.header.sequence;
   const std::uint32_t masks = sends ? sequence : start.begun;
@@ -598,13 +613,6 @@ __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_c
     keep_rank(params, shared, rank, masks, start.since, start.gave_up, gave_up, start.base, own);
   }
   if (group.num_ranks > kThreads) keep_more_ranks(params, memory, masks, gave_up, own);
-  if (kCopies && sends && params.pipeline.use_bulk) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < kWarps * kCopyStages; i += kThreads) barrier_init(shared.copy_barriers() + i, 1);
-    fence_barrier_init();
-    fence_shared_to_bulk();
-    fence_bulk_to_global();
-  }
   // Another kernel may fail at any time: one thread has looked, for all of the block.
   __shared__ std::uint32_t failed;
   const bool registered = kCopies && !kQuantizes && params.segment >= 0 && start.registered == params.segment_id;
@@ -645,27 +653,28 @@ __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_c
             CopyRing{shared.at<std::uint8_t>(kStages), shared.copy_barriers(), shared.at<float>(kScales)},
             shared.at<std::int32_t>(kEnds));
         __syncthreads();
-        signal_arrival(low, kKind, params.index, sequence, shared.heaps(), shared.masked(),
+        signal_arrival(group, shared.heaps(), shared.masked(), params.arrivals_offset, sequence,
                        static_cast<std::uint32_t>(params.send_blocks));
       }
     }
   }
-  if ((params.halves & kLowReceive) == 0) return;
-  prefetch_routes(params);
-  if (!await_rows(params, shared, memory, sequence)) return;
+  if (!receives) return;
   const LowJob job{params,      shared.lost(), params.num_tokens, params.topk,
                    params.topk, params.hidden, shared.rows(),     params.out};
+  const LowRoute route = job.fetch(kQuantizes || warp >= params.pipeline.warps ? params.num_tokens : item.token);
+  if (!await_rows(params, shared, memory, sequence)) return;
+  // All ranks have begun. What comes next finds room where blocks end.
+  if (low.lets_next_begin) let_next_begin();
   if constexpr (kQuantizes) {
     reduce_quantized<typename R::Element>(job);
   } else {
 #if defined(MOE_EP_BULK_COPIES)
-    sum_rows<R>(job, shared);
+    sum_rows<R>(job, shared, item, route);
 #else
     reduce_rows_vector<R>(job);
 #endif
   }
   // By warps that have no part in that, if there are any.
-  const int warp = threadIdx.x / 32;
   const bool all = !params.pipeline.use_bulk || kQuantizes || params.pipeline.warps == kWarps;
   const int first = all ? 0 : params.pipeline.warps;
   if (warp >= first) {
@@ -729,6 +738,8 @@ std::size_t complete_low_combine(LowCombineParams& params) {
     params.post[static_cast<int>(LowWord::kOffset)] = params.segment_offset;
   }
   params.posts_offset = params.low.layout.post(kKind, static_cast<std::size_t>(params.index), 0);
+  params.arrivals_offset = params.low.layout.arrivals(kKind, static_cast<std::size_t>(params.index),
+                                                      static_cast<std::size_t>(params.low.group.rank));
   params.post_stride = static_cast<std::int32_t>(params.low.layout.post_stride() / sizeof(std::uint64_t));
   params.row_bytes = params.hidden * static_cast<std::int32_t>(element_bytes(params.element));
   params.chunks = (params.row_bytes + kReduceChunk - 1) / kReduceChunk;

@@ -1,6 +1,8 @@
 // Low-latency dispatch in one launch: every block looks at all of the rank's routes, so that no block waits for
 // another one, and posts to one rank how many rows go to each expert; with all ranks' counts every row has its slot,
-// and is written there once. Rows are loaded, and quantised, while posts are on their way.
+// and is written there once. Where much is to be quantised, half of a block's warps, the sorters, see to that, while
+// the others, the movers, quantise rows; then the movers send rows, and the sorters what goes beside them. Otherwise
+// all warps are both.
 //
 // Nothing here is run often. What a call with few tokens takes is the time in which instructions come from L2, 30 to 40
 // ns for every eight of them (measured, ranks sharing a GPU). So what every call runs is short and in a row, loops are
@@ -23,25 +25,35 @@ constexpr int kScaleSpins = 128;  // for a scale of another block, before findin
 
 // Arrays in shared memory, in their order. Offsets come from the host: finding them takes a kernel a microsecond.
 enum LowArray : int {
-  kBarriers,      // std::uint64_t [warps][stages]
-  kHeaps,         // std::uint8_t* [num_ranks]
-  kDestinations,  // Destination [num_ranks]
-  kScales,        // float [warps][kMostScalesAChunk]
-  kIds,           // std::int32_t [routes] expert, -1: none
-  kRankOf,        // std::int32_t [num_experts]
-  kLocalOf,       // std::int32_t [num_experts]
-  kMarks,         // std::uint32_t [places][mark_stride] a bit a token: whether it has a row that goes there
-  kPost,          // std::uint32_t [header words + bins + 1] of this rank, but for the counts that marks tell
-  kBefore,        // std::int32_t [bins] rows of ranks before this one
-  kTotals,        // std::int32_t [bins]
-  kHeader,        // std::uint32_t [num_ranks][words before the counts]
-  kMasked,        // std::uint8_t [num_ranks]
-  kMissing,       // std::uint8_t [num_ranks]
-  kScaleWords,    // std::uint64_t [warps][kMostListed][part_words] for GatheredScales
-  kStages,        // [warps][stages][chunk]
+  kBarriers,  // std::uint64_t [warps][stages]
+  kHeaps,     // std::uint8_t* [num_ranks]
+  kScales,    // float [warps][kMostScalesAChunk]
+  kIds,       // std::int32_t [routes] expert, -1: none
+  kRoutes,    // SortedRoute [warps][topk]
+  kRankOf,    // std::int32_t [num_experts]; nothing where experts are spread evenly, as the next
+  kLocalOf,   // std::int32_t [num_experts]
+  // Zero at first, up to kHeader.
+  kMarks,       // std::uint32_t [places][mark_stride] a bit a token: whether it has a row that goes there
+  kPost,        // std::uint32_t [header words + bins + 1] of this rank, but for the counts that marks tell
+  kBefore,      // std::int32_t [bins] rows of ranks before this one
+  kTotals,      // std::int32_t [bins]
+  kMissing,     // std::uint8_t [num_ranks]
+  kHeader,      // std::uint32_t [num_ranks][words before the counts]
+  kMasked,      // std::uint8_t [num_ranks]
+  kScaleWords,  // std::uint64_t [sorters][kMostListed][part_words] for GatheredScales
+  kStages,      // [warps][stages][chunk]
   kNumArrays
 };
 static_assert(static_cast<int>(kNumArrays) + 1 == kLowDispatchOffsets, "an offset an array, and their end");
+
+// A token's route, in the order of its entries, but for the rows of other ranks that come before it.
+struct SortedRoute {
+  std::int16_t rank;  // where its row goes; -1: nowhere
+  std::int16_t position;
+  std::int32_t bin;    // where it is counted
+  std::int32_t index;  // among this rank's rows there
+  std::int32_t group;  // of slots
+};
 
 std::size_t chunk_bytes(const LowDispatchParams& params) {
   return align_up(static_cast<std::size_t>(params.chunk_elements) * element_bytes(params.source.element), 128);
@@ -54,18 +66,19 @@ void lay_out(LowDispatchParams& params) {
   std::size_t bytes[kNumArrays] = {};
   bytes[kBarriers] = kWarps * params.stages * sizeof(std::uint64_t);
   bytes[kHeaps] = ranks * sizeof(std::uint8_t*);
-  bytes[kDestinations] = ranks * sizeof(Destination);
   bytes[kScales] = params.source.quantize ? kWarps * kMostScalesAChunk * sizeof(float) : 0;
   bytes[kIds] = routes * sizeof(std::int32_t);
   bytes[kMarks] =
       params.has_marks ? static_cast<std::size_t>(params.places * params.mark_stride) * sizeof(std::uint32_t) : 0;
-  bytes[kRankOf] = bytes[kLocalOf] = experts * sizeof(std::int32_t);
+  bytes[kRoutes] = static_cast<std::size_t>(kWarps * params.topk) * sizeof(SortedRoute);
+  bytes[kRankOf] = bytes[kLocalOf] = params.low.experts_each > 0 ? 0 : experts * sizeof(std::int32_t);
   bytes[kBefore] = bytes[kTotals] = static_cast<std::size_t>(params.bins) * sizeof(std::int32_t);
   bytes[kPost] = static_cast<std::size_t>(params.header_words + params.bins + 1) * sizeof(std::uint32_t);
   bytes[kHeader] = ranks * params.low.layout.header_words() * sizeof(std::uint32_t);
   bytes[kMasked] = bytes[kMissing] = ranks;
   if (params.gathers_scales) {
-    bytes[kScaleWords] = static_cast<std::size_t>(kWarps * kMostListed * params.part_words) * sizeof(std::uint64_t);
+    bytes[kScaleWords] =
+        static_cast<std::size_t>(params.sorters * kMostListed * params.part_words) * sizeof(std::uint64_t);
   }
   bytes[kStages] = static_cast<std::size_t>(kWarps) * params.stages * chunk_bytes(params);
   params.offsets[0] = 0;
@@ -83,10 +96,7 @@ struct LowShared {
     return reinterpret_cast<T*>(base + offsets[array]);
   }
   __device__ std::uint8_t** heaps() const { return at<std::uint8_t*>(kHeaps); }
-  __device__ Destination* destinations() const { return at<Destination>(kDestinations); }
   __device__ std::int32_t* ids() const { return at<std::int32_t>(kIds); }
-  __device__ std::int32_t* rank_of() const { return at<std::int32_t>(kRankOf); }
-  __device__ std::int32_t* local_of() const { return at<std::int32_t>(kLocalOf); }
   __device__ std::uint32_t* marks() const { return at<std::uint32_t>(kMarks); }
   __device__ std::uint32_t* post() const { return at<std::uint32_t>(kPost); }
   __device__ std::int32_t* before() const { return at<std::int32_t>(kBefore); }
@@ -96,38 +106,63 @@ struct LowShared {
   __device__ std::uint8_t* missing() const { return at<std::uint8_t>(kMissing); }
 };
 
+__device__ inline void sync_sorters(const LowDispatchParams& params) { sync_some(1, params.sorters * 32); }
+
+// n / divisor, with inverse_of(divisor).
+__device__ inline int quotient(int n, std::uint32_t inverse) {
+  return inverse == 0 ? n : static_cast<int>(__umulhi(static_cast<unsigned>(n), inverse));
+}
+
+__device__ inline int rank_of(const LowDispatchParams& params, const LowShared& shared, int expert) {
+  if (params.low.experts_each > 0) return quotient(expert, params.low.experts_inverse);
+  return shared.at<std::int32_t>(kRankOf)[expert];
+}
+__device__ inline int local_of(const LowDispatchParams& params, const LowShared& shared, int expert, int rank) {
+  if (params.low.experts_each > 0) return expert - rank * params.low.experts_each;
+  return shared.at<std::int32_t>(kLocalOf)[expert];
+}
+// What a rank receives.
+__device__ inline std::uint8_t* block_of(const LowDispatchParams& params, const LowShared& shared, int rank) {
+  return shared.heaps()[rank] + params.receive_offset;
+}
+
 // An item is one chunk of one token's row. A block has a run of items, which its warps take in turn: what is written at
 // the same time lies together.
 struct LowItem {
   int token;
   int chunk;
   __device__ LowItem(const LowDispatchParams& params, int item) {
-    token = params.chunks == 1 ? item : static_cast<int>(__umulhi(static_cast<unsigned>(item), params.chunks_inverse));
+    token = quotient(item, params.chunks_inverse);
     chunk = item - token * params.chunks;
+  }
+  __device__ int elements(const LowDispatchParams& params) const {
+    return min(params.chunk_elements, params.source.hidden - chunk * params.chunk_elements);
+  }
+  __device__ int first_block(const LowDispatchParams& params) const { return chunk * params.chunk_blocks; }
+  __device__ int blocks(const LowDispatchParams& params) const {
+    return min(params.chunk_blocks, params.row_blocks - chunk * params.chunk_blocks);
   }
 };
 
-// A warp's copies of chunks into its ring.
+// Copies of chunks into rings, one for each warp.
 struct LowLoader {
   const LowDispatchParams& params;
   std::uint8_t* stages;
   std::uint64_t* barriers;
-  int first;  // item of this warp; then every kWarps-th
+  int first;  // item of the block; ring w has every kWarps-th from the w-th on
   int end;
 
   __device__ LowLoader(const LowDispatchParams& launch, const LowShared& shared) : params(launch) {
-    const int warp = static_cast<int>(threadIdx.x / 32);
     const int block = static_cast<int>(blockIdx.x);
-    stages = shared.at<std::uint8_t>(kStages) + warp * params.stages * params.stage_bytes;
-    barriers = shared.at<std::uint64_t>(kBarriers) + warp * params.stages;
-    const int begin = params.items_each * block + min(block, params.items_left);
-    first = begin + warp;
-    end = begin + params.items_each + (block < params.items_left ? 1 : 0);
+    stages = shared.at<std::uint8_t>(kStages);
+    barriers = shared.at<std::uint64_t>(kBarriers);
+    first = params.items_each * block + min(block, params.items_left);
+    end = first + params.items_each + (block < params.items_left ? 1 : 0);
   }
-  __device__ int elements(int chunk) const {
-    return min(params.chunk_elements, params.source.hidden - chunk * params.chunk_elements);
+  __device__ std::uint8_t* stage(int ring, int which) const {
+    return stages + (ring * params.stages + which) * params.stage_bytes;
   }
-  __device__ std::uint8_t* stage(int which) const { return stages + which * params.stage_bytes; }
+  __device__ std::uint64_t* barrier(int ring, int which) const { return barriers + ring * params.stages + which; }
   __device__ const std::uint8_t* source(const LowItem& item) const {
     return params.source.rows +
            static_cast<std::size_t>(static_cast<unsigned>(item.token)) * static_cast<unsigned>(params.source_bytes) +
@@ -136,14 +171,14 @@ struct LowLoader {
   __device__ std::uint32_t bytes(const LowItem& item) const {
     return static_cast<std::uint32_t>(min(params.chunk_bytes, params.source_bytes - item.chunk * params.chunk_bytes));
   }
-  __device__ void load(int number, int which) const {
+  __device__ void load(int number, int ring, int which) const {
     if (number >= end) return;
     const LowItem item(params, number);
     if (!params.bulk_loads) {
-      load_plainly(source(item), stage(which), bytes(item));
+      load_plainly(source(item), stage(ring, which), bytes(item));
     } else if ((threadIdx.x & 31) == 0) {
-      barrier_arrive_expect(barriers + which, bytes(item));
-      bulk_load(stage(which), source(item), bytes(item), barriers + which);
+      barrier_arrive_expect(barrier(ring, which), bytes(item));
+      bulk_load(stage(ring, which), source(item), bytes(item), barrier(ring, which));
     }
   }
   // Rows of e4m3 are words of 4 bytes.
@@ -154,23 +189,25 @@ struct LowLoader {
     }
     __syncwarp();
   }
-  // The first item's, before it may be read.
-  __device__ void prefetch() const {
-    if (!params.bulk_loads || first >= end || (threadIdx.x & 31) != 0) return;
-    const LowItem item(params, first);
+  // The first item's of a ring, before it may be read.
+  __device__ void prefetch(int ring) const {
+    if (!params.bulk_loads || first + ring >= end || (threadIdx.x & 31) != 0) return;
+    const LowItem item(params, first + ring);
     bulk_prefetch(source(item), bytes(item));
   }
-  __device__ void wait(int which, std::uint32_t parity) const {
-    if (params.bulk_loads) barrier_wait(barriers + which, parity);
-  }
-  // The first loads but for `waited` of them: shared memory is not to be left before what is on the way to it.
-  __device__ __noinline__ void drain(int waited) const {
-#pragma unroll 1
-    for (int i = waited; i < params.stages; ++i) {
-      if (first + i * kWarps < end) wait(i, 0);
-    }
+  __device__ void wait(int ring, int which, std::uint32_t parity) const {
+    if (params.bulk_loads) barrier_wait(barrier(ring, which), parity);
   }
 };
+
+// The first loads of a ring: shared memory is not to be left before what is on the way to it.
+__device__ __noinline__ void drain(const LowDispatchParams& params, std::uint64_t* barriers, int items) {
+  const int warp = static_cast<int>(threadIdx.x / 32);
+#pragma unroll 1
+  for (int i = 0; i < params.stages && params.bulk_loads; ++i) {
+    if (warp + i * kWarps < items) barrier_wait(barriers + warp * params.stages + i, 0);
+  }
+}
 
 // What no operation changes, and what is empty at first, in shared memory. All threads, before what the stream has
 // queued ahead is over; ends with a barrier.
@@ -179,28 +216,18 @@ __device__ void keep_constants(const LowDispatchParams& params, const LowShared&
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll 1
   for (int rank = thread; rank < low.group.num_ranks; rank += kThreads) {
-    std::uint8_t* base = low.group.bases[rank];
-    std::uint8_t* block = base + params.receive_offset;
-    shared.missing()[rank] = 0;
-    shared.heaps()[rank] = base;
-    shared.destinations()[rank] = Destination{block, reinterpret_cast<float*>(block + params.arrays.scales),
-                                              reinterpret_cast<float*>(block + params.arrays.weights),
-                                              reinterpret_cast<std::int64_t*>(block + params.arrays.indices)};
+    shared.heaps()[rank] = low.group.num_ranks <= kHeapsAtHand ? params.heaps[rank] : low.group.bases[rank];
   }
+  if (low.experts_each == 0) {
 #pragma unroll 1
-  for (int i = thread; i < low.group.num_experts; i += kThreads) {
-    shared.rank_of()[i] = low.group.rank_of_expert[i];
-    shared.local_of()[i] = low.group.local_of_expert[i];
+    for (int i = thread; i < low.group.num_experts; i += kThreads) {
+      shared.at<std::int32_t>(kRankOf)[i] = low.group.rank_of_expert[i];
+      shared.at<std::int32_t>(kLocalOf)[i] = low.group.local_of_expert[i];
+    }
   }
+  auto* zeros = shared.at<uint4>(kMarks);
 #pragma unroll 1
-  for (int bin = thread; bin < params.bins; bin += kThreads) shared.before()[bin] = shared.totals()[bin] = 0;
-#pragma unroll 1
-  for (int word = thread; word <= params.header_words + params.bins; word += kThreads) {
-    shared.post()[word] = word < static_cast<int>(LowWord::kMask) ? params.post[word] : 0;
-  }
-  const int marks = params.has_marks ? params.places * params.mark_stride : 0;
-#pragma unroll 1
-  for (int word = thread; word < marks; word += kThreads) shared.marks()[word] = 0;
+  for (std::uint32_t i = threadIdx.x; i < params.zero_bytes / 16; i += kThreads) zeros[i] = make_uint4(0, 0, 0, 0);
   __syncthreads();
 }
 
@@ -248,11 +275,11 @@ __device__ inline bool keep_route(const LowDispatchParams& params, const LowShar
   const bool by_rank = params.low.row_layout == RowLayout::kRank;
   int place = expert;
   if (by_rank) {
-    place = shared.rank_of()[expert];
+    place = rank_of(params, shared, expert);
     atomicAdd(shared.post() + params.header_words + expert, 1u);
   }
   if (!params.has_marks) return false;
-  const unsigned token = params.topk == 1 ? at : __umulhi(static_cast<unsigned>(at), params.topk_inverse);
+  const auto token = static_cast<unsigned>(quotient(at, params.topk_inverse));
   const std::uint32_t bit = 1u << (token & 31);
   const std::uint32_t before = atomicOr(shared.marks() + place * params.mark_stride + token / 32, bit);
   // Marks do not tell two rows of a token for one expert apart.
@@ -302,7 +329,7 @@ __device__ bool keep_start(const LowDispatchParams& params, const LowShared& sha
   return rare;
 }
 
-// Where marks don't tell, or have no room: all routes are looked at, up to `end`.
+// How many of the first `end` routes go to an expert: where a token has two for one, or there is no room for marks.
 __device__ __noinline__ int count_slowly(LowShared shared, int end, std::int32_t expert) {
   int rows = 0;
 #pragma unroll 4
@@ -348,6 +375,7 @@ __device__ inline int token_of(const LowDispatchParams& params, const LowShared&
 __device__ __noinline__ void post_rare(const LowDispatchParams& params, LowShared shared) {
   __shared__ std::uint32_t first;
   if (threadIdx.x == 0) first = 0xffffffffu;
+  if (threadIdx.x < static_cast<int>(LowWord::kMask)) shared.post()[threadIdx.x] = params.post[threadIdx.x];
   __syncthreads();
 #pragma unroll 1
   for (int at = threadIdx.x; at < params.num_tokens * params.topk; at += kThreads) {
@@ -363,7 +391,13 @@ __device__ __noinline__ void post_rare(const LowDispatchParams& params, LowShare
   __syncthreads();
 }
 
-// All threads: this rank's post to the others.
+// What this rank posts, but for the counts that marks tell.
+__device__ inline std::uint32_t post_word(const LowDispatchParams& params, const LowShared& shared, int word,
+                                          bool rare) {
+  return word < static_cast<int>(LowWord::kMask) && !rare ? params.post[word] : shared.post()[word];
+}
+
+// The sorters: this rank's post to the others.
 __device__ void publish_counts(const LowDispatchParams& params, const LowShared& shared, std::uint32_t sequence,
                                bool marked, bool rare) {
   const int places_at = params.header_words + params.bins - params.places;
@@ -371,22 +405,14 @@ __device__ void publish_counts(const LowDispatchParams& params, const LowShared&
   // An odd count is read with the word after it.
   const int words = params.header_words + params.bins + (params.bins & 1);
   publish_post(params.low.group, shared.heaps(), shared.masked(), params.posts_offset, params.post_stride, sequence,
-               words, kThreads, [&](int word) {
+               words, params.sorters * 32, [&](int word) {
                  const int place = word - places_at;
-                 const bool counts = place >= 0 && place < params.places && !(is_bad && word == params.header_words);
-                 return counts ? static_cast<std::uint32_t>(count_of(params, shared, place, marked))
-                               : shared.post()[word];
+                 if (place >= 0 && place < params.places && !(is_bad && word == params.header_words)) {
+                   return static_cast<std::uint32_t>(count_of(params, shared, place, marked));
+                 }
+                 return post_word(params, shared, word, rare);
                });
 }
-
-// Routes of a token in a warp, which are to become its entries, sorted by rank and position.
-struct LowRoutes {
-  std::int32_t rank;   // of lane j's route; INT_MAX: it goes nowhere
-  std::int32_t bin;    // where it is counted
-  std::int32_t index;  // among this rank's rows that go to the same place
-  std::int32_t group;  // of slots
-  std::int32_t from;   // the lane whose route becomes lane j's entry
-};
 
 // Layout rank: a row goes to a rank once.
 __device__ __noinline__ int first_of_rank(const LowDispatchParams& params, int rank) {
@@ -400,44 +426,45 @@ __device__ __noinline__ int first_of_rank(const LowDispatchParams& params, int r
   return first ? rank : INT_MAX;
 }
 
-__device__ LowRoutes sort_routes(const LowDispatchParams& params, const LowShared& shared, int token, bool by_rank,
-                                 bool marked) {
+// A warp: a token's routes by rank, each rank's in the order of top-k.
+__device__ void sort_routes(const LowDispatchParams& params, const LowShared& shared, int token, bool marked,
+                            SortedRoute* sorted) {
+  const bool by_rank = params.low.row_layout == RowLayout::kRank;
   const int lane = threadIdx.x & 31;
   const int at = token * params.topk + lane;
-  LowRoutes routes{INT_MAX, 0, 0, 0, 0};
   const std::int32_t expert = lane < params.topk ? shared.ids()[at] : -1;
+  int rank = INT_MAX;
+  SortedRoute route{-1, static_cast<std::int16_t>(by_rank ? -1 : lane), 0, 0, 0};
   if (expert >= 0) {
-    routes.rank = shared.rank_of()[expert];
-    const int place = by_rank ? routes.rank : expert;
-    routes.bin = params.bins - params.places + place;
-    routes.group = by_rank ? 0 : shared.local_of()[expert];
-    routes.index = index_of(params, shared, token, at, place, marked);
-    if (shared.masked()[routes.rank] != 0) routes.rank = INT_MAX;
+    rank = rank_of(params, shared, expert);
+    const int place = by_rank ? rank : expert;
+    route.bin = params.bins - params.places + place;
+    route.group = by_rank ? 0 : local_of(params, shared, expert, rank);
+    route.index = index_of(params, shared, token, at, place, marked);
+    if (shared.masked()[rank] != 0) rank = INT_MAX;
   }
-  if (by_rank) routes.rank = first_of_rank(params, routes.rank);
+  if (by_rank) rank = first_of_rank(params, rank);
+  if (rank != INT_MAX) route.rank = static_cast<std::int16_t>(rank);
   int to = 0;
 #pragma unroll 1
   for (int j = 0; j < params.topk; ++j) {
-    const int other = __shfl_sync(0xffffffffu, routes.rank, j);
-    to += other < routes.rank || (other == routes.rank && j < lane) ? 1 : 0;
+    const int other = __shfl_sync(0xffffffffu, rank, j);
+    to += other < rank || (other == rank && j < lane) ? 1 : 0;
   }
-#pragma unroll 1
-  for (int j = 0; j < params.topk; ++j) routes.from = __shfl_sync(0xffffffffu, to, j) == lane ? j : routes.from;
-  return routes;
+  if (lane < params.topk) sorted[to] = route;
 }
 
 // Lane j's entry, with the counts of all ranks.
-__device__ Entry place_entries(const LowDispatchParams& params, const LowShared& shared, const LowRoutes& routes,
-                               bool by_rank, bool dropped) {
+__device__ inline Entry place_entry(const LowDispatchParams& params, const LowShared& shared, const SortedRoute* sorted,
+                                    bool dropped) {
   const int lane = threadIdx.x & 31;
-  const std::int32_t slot = routes.group * params.capacity + shared.before()[routes.bin] + routes.index;
-  const int rank = __shfl_sync(0xffffffffu, routes.rank, routes.from);
   Entry entry{-1, -1, -1};
-  const std::int32_t its_slot = __shfl_sync(0xffffffffu, slot, routes.from);
-  if (lane >= params.topk || rank == INT_MAX || dropped) return entry;
-  entry.slot = its_slot;
-  entry.rank = static_cast<std::int16_t>(rank);
-  entry.position = static_cast<std::int16_t>(by_rank ? -1 : routes.from);
+  if (lane >= params.topk || dropped) return entry;
+  const SortedRoute route = sorted[lane];
+  if (route.rank < 0) return entry;
+  entry.slot = route.group * params.capacity + shared.before()[route.bin] + route.index;
+  entry.rank = route.rank;
+  entry.position = route.position;
   return entry;
 }
 
@@ -456,7 +483,7 @@ __device__ inline std::uint32_t late_word(const LowGroup& low, const std::uint64
   return 0;
 }
 
-// A word of a post's header that had not come at first; 0 where it does not come at all, which `missing` tells then.
+// The same of a header.
 __device__ __noinline__ std::uint32_t late_header(const LowDispatchParams& params, LowShared shared,
                                                   std::uint32_t sequence, const std::uint64_t* at, int source) {
   const LowAwaited awaited{kKind, params.index, sequence, Step::kPost};
@@ -477,30 +504,31 @@ __device__ __noinline__ void late_counts(const LowDispatchParams& params, LowSha
 }
 
 // Waits for the posts of all ranks: their header words, and for each bin how many rows come before this rank's
-// (`before`) and in all (`totals`). Whether anything is not as it usually is: all threads agree, and judge_posts()
-// finds out what. Ends with a barrier. No fence: rows are written only where a peer's kernel has begun, after all that
-// used its buffer before, and no store comes before the loads here that decide on it.
+// (`before`) and in all (`totals`). The sorters. Whether anything is not as it usually is; judge_posts() finds out
+// what. No fence: rows are written only where a peer's kernel has begun, after all that used its buffer before, and no
+// store comes before the loads here that decide on it.
 __device__ bool gather_posts(const LowDispatchParams& params, const LowShared& shared, std::uint32_t sequence,
-                             bool some_masked) {
+                             bool rare) {
   const LowGroup& low = params.low;
   const int ranks = low.group.num_ranks;
   const int thread = static_cast<int>(threadIdx.x);
   const auto* posts = reinterpret_cast<const std::uint64_t*>(shared.heaps()[low.group.rank] + params.posts_offset);
   bool unusual = false;
   // Two counts of two ranks are on their way at a time; each rank has a quarter of the threads.
-  constexpr int kQuarter = kThreads / 4;
+  const int quarter = params.sorters * 8;
+  const int part = thread / 64 >> (params.sorters == kWarps ? 1 : 0);
 #pragma unroll 1
-  for (int source = thread / kQuarter; source < ranks; source += 8) {
+  for (int source = part; source < ranks; source += 8) {
     const bool both = source + 4 < ranks;
 #pragma unroll 1
-    for (int bin = thread % kQuarter * 2; bin < params.bins; bin += kQuarter * 2) {
+    for (int bin = (thread - part * quarter) * 2; bin < params.bins; bin += quarter * 2) {
       const std::uint64_t* at = posts + source * params.post_stride + params.header_words + bin;
       const std::uint64_t* other = at + (both ? 4 * params.post_stride : 0);
       std::uint64_t words[4];
       bool here = false;
       // Words of a rank that is left out never come.
 #pragma unroll 1
-      for (int spin = some_masked ? kQuickSpins : 0; spin < kQuickSpins && !here; ++spin) {
+      for (int spin = rare ? kQuickSpins : 0; spin < kQuickSpins && !here; ++spin) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) words[i] = load_relaxed_system((i < 2 ? at : other) + i % 2);
         here = true;
@@ -525,7 +553,7 @@ __device__ bool gather_posts(const LowDispatchParams& params, const LowShared& s
   }
   // Half a warp a rank.
 #pragma unroll 1
-  for (int source = thread / 16; source < ranks; source += kThreads / 16) {
+  for (int source = thread / 16; source < ranks; source += params.sorters * 2) {
     if (shared.masked()[source] != 0) continue;
 #pragma unroll 1
     for (int word = thread & 15; word < params.header_words; word += 16) {
@@ -536,20 +564,22 @@ __device__ bool gather_posts(const LowDispatchParams& params, const LowShared& s
       std::uint32_t value = low_value(seen);
       if (low_lead(seen, sequence) != 0) value = late_header(params, shared, sequence, at, source);
       shared.header()[source * params.header_words + word] = value;
-      std::uint32_t usual = shared.post()[word];
+      std::uint32_t usual = post_word(params, shared, word, rare);
       if (word == static_cast<int>(LowWord::kBlocks)) usual = value;
       if (word == static_cast<int>(LowWord::kBadRoute)) usual = 0;
       unusual = unusual || value != usual;
     }
   }
-  __syncthreads();
+  sync_sorters(params);
 #pragma unroll 1
-  for (int bin = thread; bin < params.bins; bin += kThreads) {
+  for (int bin = thread; bin < params.bins; bin += params.sorters * 32) {
     unusual = unusual || shared.totals()[bin] > params.capacity;
   }
 #pragma unroll 1
-  for (int source = thread; source < ranks; source += kThreads) unusual = unusual || shared.missing()[source] != 0;
-  return __syncthreads_or(unusual) != 0;
+  for (int source = thread; source < ranks; source += params.sorters * 32) {
+    unusual = unusual || shared.missing()[source] != 0;
+  }
+  return unusual;
 }
 
 // What the posts say of the operation: the first difference, a mask that is not everyone's, a bad id, slots that do not
@@ -634,7 +664,7 @@ __device__ __noinline__ LowVerdict judge_posts(const LowDispatchParams& params, 
     } else {
       outcome = Outcome::kFullSlots;
       const int bin = static_cast<int>(first_full);
-      values[0] = bin < group.num_experts ? shared.rank_of()[bin] : bin - group.num_experts;
+      values[0] = bin < group.num_experts ? rank_of(params, shared, bin) : bin - group.num_experts;
       values[1] = shared.totals()[bin];
       values[2] = static_cast<std::int64_t>(low.slots.capacity);
     }
@@ -685,20 +715,25 @@ __device__ __noinline__ void send_metadata(const LowDispatchParams& params, LowS
   const int lane = threadIdx.x & 31;
   const int at = token * params.topk + lane;
   const std::int32_t id = lane < params.topk ? shared.ids()[at] : -1;
-  const int rank_of = id >= 0 ? shared.rank_of()[id] : -1;
+  const int its_rank = id >= 0 ? rank_of(params, shared, id) : -1;
   const float weight = lane < params.topk && params.sizes.weight > 0 ? params.source.weights[at] : 0.0f;
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
     const int rank = __shfl_sync(0xffffffffu, static_cast<int>(entry.rank), i);
     const std::size_t slot = static_cast<std::size_t>(__shfl_sync(0xffffffffu, entry.slot, i));
     if (lane >= params.topk) continue;
-    const Destination& to = shared.destinations()[rank];
-    to.indices[slot * params.topk + lane] = rank_of == rank ? shared.local_of()[id] : -1;
-    if (params.sizes.weight > 0) to.weights[slot * params.topk + lane] = rank_of == rank ? weight : 0.0f;
+    std::uint8_t* block = block_of(params, shared, rank);
+    const std::size_t to = slot * params.topk + lane;
+    const bool is_its = its_rank == rank;
+    reinterpret_cast<std::int64_t*>(block + params.arrays.indices)[to] =
+        is_its ? local_of(params, shared, id, rank) : -1;
+    if (params.sizes.weight > 0) {
+      reinterpret_cast<float*>(block + params.arrays.weights)[to] = is_its ? weight : 0.0f;
+    }
   }
 }
 
-// The same without bulk copies.
+// A chunk in shared memory to all its places, without bulk copies: a warp.
 __device__ __noinline__ void store_plainly(const LowDispatchParams& params, LowShared shared, int rank, int slot,
                                            const std::uint8_t* data, int first_byte, int bytes) {
 #pragma unroll 1
@@ -706,7 +741,7 @@ __device__ __noinline__ void store_plainly(const LowDispatchParams& params, LowS
     const int from = __ffs(static_cast<int>(left)) - 1;
     const auto to_slot = static_cast<std::size_t>(__shfl_sync(0xffffffffu, slot, from));
     std::uint8_t* to =
-        shared.destinations()[__shfl_sync(0xffffffffu, rank, from)].rows + to_slot * params.sizes.row + first_byte;
+        block_of(params, shared, __shfl_sync(0xffffffffu, rank, from)) + to_slot * params.sizes.row + first_byte;
 #pragma unroll 1
     for (int word = static_cast<int>(threadIdx.x & 31); word < bytes / 4; word += 32) {
       reinterpret_cast<std::uint32_t*>(to)[word] = reinterpret_cast<const std::uint32_t*>(data)[word];
@@ -714,7 +749,7 @@ __device__ __noinline__ void store_plainly(const LowDispatchParams& params, LowS
   }
 }
 
-// A chunk in shared memory to all its places: a warp.
+// The same, as the GPU allows.
 __device__ void store_chunk(const LowDispatchParams& params, const LowShared& shared, const Entry& entry,
                             const std::uint8_t* data, int first_byte, int bytes) {
   if (!params.bulk_stores) {
@@ -722,7 +757,7 @@ __device__ void store_chunk(const LowDispatchParams& params, const LowShared& sh
     return;
   }
   if (entry.rank >= 0) {
-    bulk_store(shared.destinations()[entry.rank].rows +
+    bulk_store(block_of(params, shared, entry.rank) +
                    static_cast<std::size_t>(static_cast<unsigned>(entry.slot)) * params.sizes.row + first_byte,
                data, static_cast<std::uint32_t>(bytes));
   }
@@ -740,7 +775,10 @@ __device__ void store_scales(const LowDispatchParams& params, const LowShared& s
           static_cast<unsigned>(params.capacity) +
       static_cast<unsigned>(entry.slot);
   unsigned long long mine = 0;
-  if (entry.rank >= 0) mine = reinterpret_cast<unsigned long long>(shared.destinations()[entry.rank].scales + at);
+  if (entry.rank >= 0) {
+    mine = reinterpret_cast<unsigned long long>(
+        reinterpret_cast<float*>(block_of(params, shared, entry.rank) + params.arrays.scales) + at);
+  }
 #pragma unroll 1
   for (int i = 0; i < params.topk; i += 2) {
     auto* to = reinterpret_cast<float*>(__shfl_sync(0xffffffffu, mine, i + half));
@@ -792,24 +830,23 @@ template <class T>
 struct GatheredScales {
   int token;                  // of the lane's row
   const std::uint64_t* from;  // its scales
-  const std::uint64_t* kept;  // likewise, in shared memory: from the part's first on
+  std::uint64_t* kept;        // likewise, in shared memory: from the part's first on
   float* to;                  // likewise, in the receiver's memory
   int first;                  // block of the part
   int end;                    // past its last
   int lane;                   // among those of the row
   int step;                   // how many those are
 
-  // A warp of the grid has one expert, or part of one, or none.
-  __device__ void find(const LowDispatchParams& params, const LowShared& shared) {
+  // Each of the grid's turns, as many as it has warps, has one expert, or part of one, or none.
+  __device__ void find(const LowDispatchParams& params, const LowShared& shared, int turn) {
     const int warp = static_cast<int>(threadIdx.x / 32);
-    const int turn = static_cast<int>(blockIdx.x) * kWarps + warp;
     first = end = lane = 0;
     step = 1;
     const int part = turn & ((1 << params.scale_parts_log2) - 1);
     int expert = params.first_gathered + (turn >> params.scale_parts_log2);
     if (turn >= params.places << params.scale_parts_log2) return;
     if (expert >= params.places) expert -= params.places;
-    const int rank = shared.rank_of()[expert];
+    const int rank = rank_of(params, shared, expert);
     const int rows = min(count_of(params, shared, expert, true), kMostListed);
     if (rows == 0 || shared.masked()[rank] != 0) return;
     const int shift = rows == 1 ? 0 : 32 - __clz(rows - 1);  // 1, 2, 4, 8 rows beside each other
@@ -822,8 +859,8 @@ struct GatheredScales {
     token = token_of(params, shared, row, expert);
     from = params.low.scale_words + token * params.scale_stride;
     kept = shared.at<std::uint64_t>(kScaleWords) + (warp * kMostListed + row) * params.part_words;
-    to = shared.destinations()[rank].scales +
-         static_cast<std::size_t>(static_cast<unsigned>(shared.local_of()[expert] * params.row_blocks)) *
+    to = reinterpret_cast<float*>(block_of(params, shared, rank) + params.arrays.scales) +
+         static_cast<std::size_t>(static_cast<unsigned>(local_of(params, shared, expert, rank) * params.row_blocks)) *
              static_cast<unsigned>(params.capacity) +
          shared.before()[expert] + row;
   }
@@ -831,7 +868,7 @@ struct GatheredScales {
   __device__ void load() const {
 #pragma unroll 1
     for (int block = first + lane * 2; block < end; block += step * 2) {
-      copy_two_words(const_cast<std::uint64_t*>(kept) + block - first, from + block);
+      copy_two_words(kept + block - first, from + block);
     }
   }
   __device__ void store(const LowDispatchParams& params, std::uint32_t sequence) const {
@@ -852,7 +889,6 @@ struct GatheredScales {
 // every launch.
 template <bool kWithScales>
 struct AsTheyAre {
-  struct Gathered {};
   static constexpr bool kQuantizes = false;
   static constexpr bool kHasScales = kWithScales;
   static constexpr bool kGathers = false;
@@ -860,7 +896,6 @@ struct AsTheyAre {
 template <class ElementType, bool kGathersScales>
 struct Quantized {
   using Element = ElementType;
-  using Gathered = GatheredScales<Element>;
   static constexpr bool kQuantizes = true;
   static constexpr bool kHasScales = true;
   static constexpr bool kGathers = kGathersScales;
@@ -879,14 +914,14 @@ __device__ __noinline__ void quantize_plainly(std::uint8_t* chunk, int elements,
 __device__ __noinline__ void clear_tail(const LowDispatchParams& params, LowShared shared, bool dropped) {
   const LowGroup& low = params.low;
   const std::int32_t rows = dropped ? 0 : shared.totals()[low.group.num_experts + low.group.rank];
-  const Destination& own = shared.destinations()[low.group.rank];
+  std::uint8_t* own = block_of(params, shared, low.group.rank);
   const std::int64_t end = static_cast<std::int64_t>(low.slots.capacity) * params.topk;
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
 #pragma unroll 1
   for (std::int64_t i = static_cast<std::int64_t>(rows) * params.topk + blockIdx.x * blockDim.x + threadIdx.x; i < end;
        i += step) {
-    own.indices[i] = -1;
-    if (params.sizes.weight > 0) own.weights[i] = 0.0f;
+    reinterpret_cast<std::int64_t*>(own + params.arrays.indices)[i] = -1;
+    if (params.sizes.weight > 0) reinterpret_cast<float*>(own + params.arrays.weights)[i] = 0.0f;
   }
 }
 
@@ -911,6 +946,101 @@ __device__ __noinline__ void clear_counts(const LowDispatchParams& params) {
   if (threadIdx.x == 0) params.routing.header->received = params.routing.header->combine_sequence = 0;
 }
 
+// What a warp does with one chunk. `ring` is where it is loaded, and which routes and scales are its.
+template <class Path>
+struct LowChunk {
+  const LowDispatchParams& params;
+  const LowShared& shared;
+  const LowLoader& loader;
+  const LowItem& item;
+  int ring;
+  int which;
+
+  __device__ SortedRoute* routes() const { return shared.at<SortedRoute>(kRoutes) + ring * params.topk; }
+  __device__ float* scales() const { return shared.at<float>(kScales) + ring * kMostScalesAChunk; }
+
+  // Waits for it, and quantises it.
+  __device__ void prepare(std::uint32_t sequence, std::uint32_t parity, bool gathers) const {
+    loader.wait(ring, which, parity);
+    if constexpr (Path::kQuantizes) {
+      using T = typename Path::Element;
+      const int elements = item.elements(params);
+      if (elements % 8 == 0) {
+        quantize_briefly<T>(loader.stage(ring, which), elements, params.source.power_of_two, scales());
+      } else {
+        quantize_plainly<T>(loader.stage(ring, which), elements, params.source.power_of_two, scales());
+      }
+      fence_shared_to_bulk();
+      __syncwarp();
+      if constexpr (Path::kGathers) {
+        if (gathers) {
+          lay_out_scales(params, sequence, item.token, item.first_block(params), item.blocks(params), scales());
+        }
+      }
+    }
+  }
+  __device__ void send(const Entry& entry) const {
+    store_chunk(params, shared, entry, loader.stage(ring, which), item.chunk * params.chunk_elements * params.out_bytes,
+                item.elements(params) * params.out_bytes);
+  }
+  // What goes beside it; but for scales that are gathered.
+  __device__ void send_beside(const Entry& entry, bool gathers) const {
+    const int lane = threadIdx.x & 31;
+    if constexpr (Path::kHasScales) {
+      Entry others = entry;
+      const SortedRoute route = lane < params.topk ? routes()[lane] : SortedRoute{};
+      if (gathers && route.index < kMostListed) others.rank = -1;
+      if (!Path::kGathers || __any_sync(0xffffffffu, others.rank >= 0)) {
+        const float* from = scales();
+        if constexpr (!Path::kQuantizes) {
+          from = params.source.scales + static_cast<std::size_t>(item.token) * params.row_blocks +
+                 item.first_block(params);
+        }
+        store_scales(params, shared, others, route.group, from, item.first_block(params), item.blocks(params));
+      }
+    }
+    if (item.chunk != 0) return;
+    const int at = item.token * params.topk + lane;
+    if (lane < params.topk) {
+      params.routing.entries[at] = entry;
+      params.routing.ids[at] = shared.ids()[at];
+    }
+    if (params.low.row_layout == RowLayout::kRank) send_metadata(params, shared, item.token, entry);
+  }
+};
+
+// Where warps have more than one chunk: the rest, each warp its own. All threads, after the first ones.
+template <class Path>
+__device__ __noinline__ void send_more(const LowDispatchParams& params, LowShared shared, std::uint32_t sequence,
+                                       bool marked, bool gathers, bool dropped) {
+  const LowLoader loader(params, shared);
+  const int ring = static_cast<int>(threadIdx.x / 32);
+  int which = params.stages > 1 ? 1 : 0;
+  std::uint32_t parity = params.stages > 1 ? 0 : 1;
+#pragma unroll 1
+  for (int number = loader.first + ring + kWarps; number < loader.end; number += kWarps) {
+    const LowItem item(params, number);
+    const LowChunk<Path> chunk{params, shared, loader, item, ring, which};
+    sort_routes(params, shared, item.token, marked, chunk.routes());
+    chunk.prepare(sequence, parity, gathers);
+    __syncwarp();
+    const Entry entry = place_entry(params, shared, chunk.routes(), dropped);
+    chunk.send(entry);
+    chunk.send_beside(entry, gathers);
+    __syncwarp();
+    const int next = number + params.stages * kWarps;
+    if (next < loader.end) {
+      if (params.bulk_stores) bulk_wait_read<0>();
+      __syncwarp();
+      loader.load(next, ring, which);
+    }
+    if (++which == params.stages) {
+      which = 0;
+      parity ^= 1;
+    }
+  }
+}
+
 template <class Path>
 __global__ void __launch_bounds__(kThreads, 1) low_dispatch_kernel(const __grid_constant__ LowDispatchParams params) {
   extern __shared__ __align__(128) std::uint8_t memory[];
@@ -919,18 +1049,16 @@ __global__ void __launch_bounds__(kThreads, 1) low_dispatch_kernel(const __grid_
   const LowShared shared{memory, params.offsets};
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x & 31;
-  const int stages = params.stages;
   const LowLoader loader(params, shared);
-  // A warp's barriers are its own: nobody else has to see them first.
   if (params.bulk_loads && lane == 0) {
 #pragma unroll 1
-    for (int i = 0; i < stages; ++i) barrier_init(loader.barriers + i, 1);
+    for (int i = 0; i < params.stages; ++i) barrier_init(loader.barrier(warp, i), 1);
     fence_barrier_init();
     fence_shared_to_bulk();
   }
   __syncwarp();
   // What follows up to the wait takes its time while earlier kernels end, where they have let this one begin.
-  loader.prefetch();
+  loader.prefetch(warp);
   LowStart::prefetch(params);
   __shared__ std::uint32_t failed;
   __shared__ std::uint32_t repeated;
@@ -941,112 +1069,75 @@ __global__ void __launch_bounds__(kThreads, 1) low_dispatch_kernel(const __grid_
   const std::uint32_t sequence = start.sequence;
   if (blockIdx.x == gridDim.x - 1) clear_counts(params);
 #pragma unroll 1
-  for (int i = 0; i < stages; ++i) loader.load(loader.first + i * kWarps, i);
+  for (int i = 0; i < params.stages; ++i) loader.load(loader.first + warp + i * kWarps, warp, i);
   // Another kernel may fail at any time: one thread has looked, for all of the block.
   if (threadIdx.x == 0) failed = start.failed;
   const bool rare = __syncthreads_or(keep_start(params, shared, start, repeated)) != 0;
   if (failed != 0) {
-    loader.drain(0);
+    drain(params, loader.barriers, loader.end - loader.first);
     return;
   }
   if (threadIdx.x == kThreads - 1) begin_operation(low, sequence);
 
   const bool by_rank = low.row_layout == RowLayout::kRank;
   const bool marked = params.has_marks && repeated == 0;
-  if (static_cast<int>(blockIdx.x) < group.num_ranks) {
-    if (rare) post_rare(params, shared);
+  const bool gathers = Path::kGathers && marked;
+  if (rare) post_rare(params, shared);
+  // The first chunk of every ring. Sorters see to two rings beside each other, movers to two that have nothing in
+  // common.
+  const bool split = params.sorters != kWarps;
+  const bool sorts = warp < params.sorters;
+  const bool moves = !split || !sorts;
+  const int ring_step = split && moves ? kWarps / 2 : 1;
+  const int first_ring = !split ? warp : sorts ? 2 * warp : warp - kWarps / 2;
+  const int rings = min(loader.end - loader.first, kWarps);
+  const int end_ring = min(first_ring + (split ? 2 : 1) * ring_step, rings);
+  if (sorts && static_cast<int>(blockIdx.x) < group.num_ranks) {
     publish_counts(params, shared, sequence, marked, rare);
   }
-  float* scales = shared.at<float>(kScales) + warp * kMostScalesAChunk;
-  const int chunk_blocks = params.chunk_elements / static_cast<int>(kFp8Block);
-  const bool gathers = Path::kGathers && marked;
-  // Half of the warps send scales first: small stores cross while the copy engine, which takes rows one after the
-  // other, is busy with those of the others. Gathered ones are few, and wait for other warps.
-  const bool scales_first = Path::kHasScales && !gathers && (warp & 1) != 0;
-  typename Path::Gathered gathered;
+#pragma unroll 1
+  for (int ring = first_ring; ring < end_ring; ring += ring_step) {
+    const LowItem item(params, loader.first + ring);
+    const LowChunk<Path> chunk{params, shared, loader, item, ring, 0};
+    if (sorts) sort_routes(params, shared, item.token, marked, chunk.routes());
+    if (moves) chunk.prepare(sequence, 0, gathers);
+  }
+  const bool unusual = sorts && gather_posts(params, shared, sequence, rare);
   LowVerdict verdict{false, false};
-  int which = 0;
-  std::uint32_t parity = 0;
+  // All that the block has prepared is there. The reduction is a barrier, but compute-sanitizer's racecheck does not
+  // take it for one.
+  __syncthreads();
+  if (__syncthreads_or(unusual) != 0) verdict = judge_posts(params, shared, sequence);
+  if (verdict.failed) {
+    drain(params, loader.barriers, loader.end - loader.first);
+    return;
+  }
 #pragma unroll 1
-  for (int number = loader.first;; number += kWarps) {
-    const bool works = number < loader.end;
-    const LowItem item(params, number);
-    const int elements = loader.elements(item.chunk);
-    const int blocks = static_cast<int>(static_cast<unsigned>(elements + static_cast<int>(kFp8Block) - 1) / kFp8Block);
-    LowRoutes routes{INT_MAX, 0, 0, 0, 0};
-    if (works) {
-      routes = sort_routes(params, shared, item.token, by_rank, marked);
-      loader.wait(which, parity);
-      if constexpr (Path::kQuantizes) {
-        using T = typename Path::Element;
-        if (elements % 8 == 0) {
-          quantize_briefly<T>(loader.stage(which), elements, params.source.power_of_two, scales);
-        } else {
-          quantize_plainly<T>(loader.stage(which), elements, params.source.power_of_two, scales);
-        }
-        fence_shared_to_bulk();
-        __syncwarp();
-      }
-      if constexpr (Path::kGathers) {
-        if (marked) lay_out_scales(params, sequence, item.token, item.chunk * chunk_blocks, blocks, scales);
-      }
-    }
-    if (number == loader.first) {
-      if (gather_posts(params, shared, sequence, rare)) verdict = judge_posts(params, shared, sequence);
-      if (verdict.failed) {
-        loader.drain(1);
-        return;
-      }
-      if constexpr (Path::kGathers) {
-        if (gathers && !verdict.dropped) {
-          gathered.find(params, shared);
-          gathered.load();
-        }
-      }
-    }
-    if (!works) break;
-    const Entry entry = place_entries(params, shared, routes, by_rank, verdict.dropped);
-#pragma unroll 1
-    for (int turn = 0; turn < 2; ++turn) {
-      if ((turn == 0) != scales_first) {
-        store_chunk(params, shared, entry, loader.stage(which), item.chunk * params.chunk_elements * params.out_bytes,
-                    elements * params.out_bytes);
-      } else if constexpr (Path::kHasScales) {
-        Entry others = entry;
-        if constexpr (Path::kGathers) {
-          if (gathers && __shfl_sync(0xffffffffu, routes.index, routes.from) < kMostListed) others.rank = -1;
-          if (!__any_sync(0xffffffffu, others.rank >= 0)) continue;
-        }
-        const float* from = scales;
-        if constexpr (!Path::kQuantizes) {
-          from = params.source.scales + static_cast<std::size_t>(item.token) * params.row_blocks +
-                 item.chunk * chunk_blocks;
-        }
-        const int group = __shfl_sync(0xffffffffu, routes.group, routes.from);
-        store_scales(params, shared, others, group, from, item.chunk * chunk_blocks, blocks);
-      }
-    }
-    if (item.chunk == 0) {
-      if (lane < params.topk) {
-        params.routing.entries[item.token * params.topk + lane] = entry;
-        params.routing.ids[item.token * params.topk + lane] = shared.ids()[item.token * params.topk + lane];
-      }
-      if (by_rank) send_metadata(params, shared, item.token, entry);
-    }
-    __syncwarp();
-    const int next = number + stages * kWarps;
-    if (next < loader.end) {
-      if (params.bulk_stores) bulk_wait_read<0>();
-      __syncwarp();
-      loader.load(next, which);
-    }
-    if (++which == stages) {
-      which = 0;
-      parity ^= 1;
-    }
+  for (int ring = first_ring; ring < end_ring; ring += ring_step) {
+    const LowItem item(params, loader.first + ring);
+    const LowChunk<Path> chunk{params, shared, loader, item, ring, 0};
+    const Entry entry = place_entry(params, shared, chunk.routes(), verdict.dropped);
+    if (moves) chunk.send(entry);
+    if (sorts) chunk.send_beside(entry, gathers);
+  }
+  if (loader.end - loader.first > kWarps) {
+    // Routes and scales of the first chunks have been read, and their stages may be loaded again.
+    if (params.bulk_stores) bulk_wait_read<0>();
+    __syncthreads();
+    loader.load(loader.first + warp + params.stages * kWarps, warp, 0);
+    send_more<Path>(params, shared, sequence, marked, gathers, verdict.dropped);
   }
   if constexpr (Path::kGathers) {
-    if (gathers && !verdict.dropped) gathered.store(params, sequence);
+    if (gathers && sorts && !verdict.dropped) {
+#pragma unroll 1
+      for (int turn = warp; turn < kWarps; turn += params.sorters) {
+        GatheredScales<typename Path::Element> scales;
+        scales.find(params, shared, static_cast<int>(blockIdx.x) * kWarps + turn);
+        scales.load();
+        scales.store(params, sequence);
+        __syncwarp();
+      }
+    }
   }
   if (by_rank) clear_tail(params, shared, verdict.dropped);
   if (verdict.dropped && threadIdx.x == 0) low.state->gave_up[params.index] = sequence;
@@ -1054,7 +1145,7 @@ __global__ void __launch_bounds__(kThreads, 1) low_dispatch_kernel(const __grid_
   bulk_wait_written();
   fence_bulk_to_global();
   __syncthreads();
-  signal_arrival(low, kKind, params.index, sequence, shared.heaps(), shared.masked(),
+  signal_arrival(group, shared.heaps(), shared.masked(), params.arrivals_offset, sequence,
                  gridDim.x | (verdict.dropped ? kLowGaveUp : 0u));
   // By two blocks, where there are two: the first one waits for what the others send.
   if (blockIdx.x == gridDim.x - 1) tell_counts(params, shared, sequence, verdict.dropped, marked);
@@ -1117,6 +1208,8 @@ std::size_t complete_low_dispatch(LowDispatchParams& params, int blocks) {
       params.low.group.num_experts + (params.low.row_layout == RowLayout::kRank ? params.low.group.num_ranks : 0);
   params.receive_offset = params.low.layout.receive(static_cast<std::size_t>(params.index));
   params.posts_offset = params.low.layout.post(kKind, static_cast<std::size_t>(params.index), 0);
+  params.arrivals_offset = params.low.layout.arrivals(kKind, static_cast<std::size_t>(params.index),
+                                                      static_cast<std::size_t>(params.low.group.rank));
   params.post_stride = static_cast<std::int32_t>(params.low.layout.post_stride() / sizeof(std::uint64_t));
   params.header_words = static_cast<std::int32_t>(params.low.layout.header_words());
   params.post[static_cast<int>(LowWord::kOperation)] = static_cast<std::uint32_t>(kOperation);
@@ -1128,12 +1221,14 @@ std::size_t complete_low_dispatch(LowDispatchParams& params, int blocks) {
   params.post[static_cast<int>(LowWord::kBlocks)] = static_cast<std::uint32_t>(blocks);
   params.capacity = static_cast<std::int32_t>(params.low.slots.capacity);
   params.row_blocks = static_cast<std::int32_t>(params.sizes.scale / sizeof(float));
+  params.chunk_blocks = params.chunk_elements / static_cast<std::int32_t>(kFp8Block);
   params.arrays =
       params.low.slots.arrays(params.sizes.row, params.sizes.scale, params.sizes.weight, params.sizes.index);
   params.places = params.low.row_layout == RowLayout::kRank ? params.low.group.num_ranks : params.low.group.num_experts;
   params.mark_words = (params.num_tokens + 31) / 32;
   params.mark_stride = params.mark_words | 1;  // Odd: neighbours in different banks of shared memory.
   lay_out(params);
+  params.zero_bytes = params.offsets[kHeader] - params.offsets[kMarks];
   return params.offsets[kNumArrays];
 }
 

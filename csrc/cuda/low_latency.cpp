@@ -14,8 +14,10 @@ constexpr std::int64_t kLargestLowChunk = 4096;  // bytes of a source row
 constexpr std::int64_t kSmallestLowChunk = 1024;
 // How many rows of this rank an expert gets on average, from which on gathering their scales pays; and of how many
 // scales of each row a warp sees to at least.
-constexpr std::int64_t kFewestGatheredRows = 4;
+constexpr std::int64_t kFewestGatheredRows = 2;
 constexpr std::int64_t kFewestGatheredScales = 8;
+// Blocks of a chunk from which on quantising them takes longer than sorting routes.
+constexpr std::int64_t kFewestSplitBlocks = 8;
 
 }  // namespace
 
@@ -46,6 +48,14 @@ void Communicator::fill_low_group(LowState* state, std::uint64_t* scale_words, c
   low_.starts_early = has_bulk_;
   low_.lets_next_begin = has_bulk_ && next_leaves_room();
   low_.num_local_experts = num_local_experts_;
+  const auto& rank_of = options_.expert_to_rank;
+  const std::int32_t each = std::max(group_.num_experts / group_.num_ranks, 1);
+  bool even = each * group_.num_ranks == group_.num_experts;
+  for (std::size_t expert = 0; even && expert < rank_of.size(); ++expert) {
+    even = rank_of[expert] == static_cast<std::int32_t>(expert) / each;
+  }
+  low_.experts_each = even ? each : 0;
+  low_.experts_inverse = inverse_of(each);
 }
 
 // Whether a kernel that begins before a dispatch has ended leaves room for the other ranks on this GPU: each of those
@@ -115,6 +125,7 @@ void Communicator::low_dispatch(const LowDispatchArguments& arguments) {
   LowDispatchParams params{};
   params.low = low_;
   params.source = source;
+  std::copy_n(bases_.begin(), std::min<std::size_t>(bases_.size(), kHeapsAtHand), params.heaps);
   const std::int64_t element = static_cast<std::int64_t>(element_bytes(source.element));
   const bool by_rank = options_.low_layout == RowLayout::kRank;
   params.sizes.row = static_cast<std::uint32_t>(source.hidden * (quantized ? 1 : element));
@@ -148,6 +159,8 @@ void Communicator::low_dispatch(const LowDispatchArguments& arguments) {
   if (tuned_send_.chunk_bytes > 0) params.chunk_elements = static_cast<std::int32_t>(tuned_send_.chunk_bytes / element);
   const std::int64_t items = arguments.num_tokens * divided_up(source.hidden, params.chunk_elements);
   const int blocks = static_cast<int>(std::clamp<std::int64_t>(items, 1, most));
+  params.sorters =
+      source.quantize && params.chunk_elements >= kFewestSplitBlocks * std::int64_t{kFp8Block} ? kWarps / 2 : kWarps;
   // Less is slower, but all of it works.
   bool fits = false;
   for (const bool marks : {true, false}) {
@@ -197,6 +210,7 @@ bool Communicator::low_combine(const LowCombineArguments& arguments) {
   const bool copies = sends && !is_in_place;
   LowCombineParams params{};
   params.low = low_;
+  std::copy_n(bases_.begin(), std::min<std::size_t>(bases_.size(), kHeapsAtHand), params.heaps);
   params.topk_idx = arguments.topk_idx;
   params.weights = arguments.weights;
   params.has_weights = arguments.has_weights;

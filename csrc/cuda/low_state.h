@@ -73,6 +73,11 @@ struct LowRoutingView {
   }
 };
 
+// For __umulhi(): 2^32 / divisor, rounded up; exact for numbers of less than that. 0 for a divisor of 1.
+inline std::uint32_t inverse_of(std::int32_t divisor) {
+  return divisor > 1 ? 0xffffffffu / static_cast<std::uint32_t>(divisor) + 1 : 0u;
+}
+
 // What every low-latency kernel of a rank knows.
 struct LowGroup {
   Group group;
@@ -89,9 +94,15 @@ struct LowGroup {
   std::uint64_t* scale_words;
   bool mask_on_timeout;
   bool starts_early;     // see launch_early()
-  bool lets_next_begin;  // before a dispatch ends
+  bool lets_next_begin;  // before an operation ends
   std::int32_t num_local_experts;
+  // Where rank r has experts [r * each, (r + 1) * each), else 0; and inverse_of() it.
+  std::int32_t experts_each;
+  std::uint32_t experts_inverse;
 };
+
+// Heaps whose addresses come with a launch; of more ranks, from a table.
+constexpr int kHeapsAtHand = 16;
 
 // Which halves of an operation a launch does.
 enum LowHalves : std::int32_t { kLowSend = 1, kLowReceive = 2, kLowBoth = 3 };
@@ -104,6 +115,7 @@ constexpr int kMostPartWords = 64;
 
 struct LowDispatchParams {
   LowGroup low;
+  std::uint8_t* heaps[kHeapsAtHand];  // [num_ranks]
   RowSource source;
   RowSizes sizes;  // of a row as it crosses
   LowRoutingView routing;
@@ -117,6 +129,7 @@ struct LowDispatchParams {
   bool bulk_loads;
   bool bulk_stores;
   LowHalves halves;
+  std::int32_t sorters;           // warps that sort routes: half of them, or all
   bool gathers_scales;            // by expert, or they are sent with their rows
   std::int32_t scale_parts_log2;  // in how many parts warps gather those of an expert
   std::int32_t scale_stride;      // words that a row has for them
@@ -142,7 +155,10 @@ struct LowDispatchParams {
   std::int32_t post_stride;                              // in words
   std::int32_t capacity;
   std::int32_t row_blocks;                     // scales of a row
+  std::int32_t chunk_blocks;                   // and of a chunk
+  std::uint32_t zero_bytes;                    // of shared memory
   std::size_t posts_offset;                    // of this dispatch, in every rank's heap
+  std::size_t arrivals_offset;                 // likewise, of this rank
   std::size_t receive_offset;                  // in every rank's heap
   ReceiveBlock arrays;                         // from there
   std::uint32_t offsets[kLowDispatchOffsets];  // of arrays in shared memory, and their end
@@ -150,6 +166,7 @@ struct LowDispatchParams {
 
 struct LowCombineParams {
   LowGroup low;
+  std::uint8_t* heaps[kHeapsAtHand];  // as in LowDispatchParams
   Pipeline pipeline;
   LowRoutingView routing;
   const std::int64_t* topk_idx;
@@ -181,14 +198,10 @@ struct LowCombineParams {
   std::int32_t chunk_step;
   std::int32_t post_stride;                              // in words
   std::size_t posts_offset;                              // in every rank's heap
+  std::size_t arrivals_offset;                           // likewise, of this rank
   std::uint32_t post[static_cast<int>(LowWord::kMask)];  // its words but for what the kernel finds out
   std::uint32_t offsets[kLowCombineOffsets];             // of arrays in shared memory, and their end
 };
-
-// For __umulhi(): 2^32 / divisor, rounded up; exact for numbers of less than that. 0 for a divisor of 1.
-inline std::uint32_t inverse_of(std::int32_t divisor) {
-  return divisor > 1 ? 0xffffffffu / static_cast<std::uint32_t>(divisor) + 1 : 0u;
-}
 
 }  // namespace gpu
 }  // namespace moe_ep

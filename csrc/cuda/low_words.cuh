@@ -165,14 +165,14 @@ __device__ inline void publish_post(const Group& group, std::uint8_t* const* hea
 }
 
 // All threads of a block, after a barrier: tells every rank that is not left out that this block has done its part,
-// releasing what the block has seen written.
-__device__ inline void signal_arrival(const LowGroup& low, LowKind kind, int index, std::uint32_t sequence,
-                                      std::uint8_t* const* heaps, const std::uint8_t* masked, std::uint32_t value) {
+// releasing what the block has seen written. `offset` is that of this rank's arrivals in every heap.
+__device__ inline void signal_arrival(const Group& group, std::uint8_t* const* heaps, const std::uint8_t* masked,
+                                      std::size_t offset, std::uint32_t sequence, std::uint32_t value) {
 #pragma unroll 1
-  for (int reader = threadIdx.x; reader < low.group.num_ranks; reader += blockDim.x) {
+  for (int reader = threadIdx.x; reader < group.num_ranks; reader += kThreads) {
     if (masked[reader] != 0) continue;
-    fence_for_peers(low.group);
-    store_relaxed_system(low_arrivals_of(low, heaps[reader], kind, index, low.group.rank) + blockIdx.x,
+    fence_for_peers(group);
+    store_relaxed_system(reinterpret_cast<std::uint64_t*>(heaps[reader] + offset) + blockIdx.x,
                          low_word(sequence, value));
   }
 }

@@ -203,11 +203,12 @@ __device__ inline void quantize_briefly(std::uint8_t* chunk, int elements, bool 
       peak = T::larger(peak, __shfl_xor_sync(0xffffffffu, peak, distance));
     }
     const float amax = T::magnitude(peak);
-    // What is written below lies before what later turns read; and by then all have read theirs.
+    // What is written below lies before what later turns read, and all have read what this one does.
     if (__all_sync(0xffffffffu, amax < __uint_as_float(0x7f800000u)) == 0) {
       quantize_any_blocks<T, 4 * kBlock>(chunk, first / kBlock, elements, power_of_two, scales);
       continue;
     }
+    __syncwarp();
     const float scale = block_scale(amax, power_of_two);
     const float reciprocal = reciprocal_of_scale(scale);
     if ((lane & 7) == 0 && column < elements) scales[block] = scale;
