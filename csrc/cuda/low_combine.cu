@@ -16,7 +16,6 @@ namespace {
 
 constexpr Operation kOperation = Operation::kLowCombine;
 constexpr LowKind kKind = LowKind::kCombine;
-constexpr int kQuickSpins = 256;                                  // for a word, before looking what keeps it
 constexpr int kPostWords = static_cast<int>(LowWord::kBadRoute);  // what a combine has to say
 
 // Arrays in shared memory, in their order, as in low_dispatch.cu.
@@ -69,7 +68,7 @@ struct LowItem {
   int token;
   int chunk;
   __device__ LowItem(const LowCombineParams& params, int item) {
-    token = params.chunks == 1 ? item : static_cast<int>(__umulhi(static_cast<unsigned>(item), params.chunks_inverse));
+    token = quotient(item, params.chunks_inverse);
     chunk = item - token * params.chunks;
   }
   __device__ void advance(const LowCombineParams& params) {

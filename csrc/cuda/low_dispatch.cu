@@ -20,7 +20,6 @@ namespace {
 
 constexpr Operation kOperation = Operation::kLowDispatch;
 constexpr LowKind kKind = LowKind::kDispatch;
-constexpr int kQuickSpins = 256;  // for a word, before looking what keeps it
 constexpr int kScaleSpins = 128;  // for a scale of another block, before finding it without that
 
 // Arrays in shared memory, in their order. Offsets come from the host: finding them takes a kernel a microsecond.
@@ -107,11 +106,6 @@ struct LowShared {
 };
 
 __device__ inline void sync_sorters(const LowDispatchParams& params) { sync_some(1, params.sorters * 32); }
-
-// n / divisor, with inverse_of(divisor).
-__device__ inline int quotient(int n, std::uint32_t inverse) {
-  return inverse == 0 ? n : static_cast<int>(__umulhi(static_cast<unsigned>(n), inverse));
-}
 
 __device__ inline int rank_of(const LowDispatchParams& params, const LowShared& shared, int expert) {
   if (params.low.experts_each > 0) return quotient(expert, params.low.experts_inverse);

@@ -58,7 +58,7 @@ void Communicator::fill_low_group(LowState* state, std::uint64_t* scale_words, c
   low_.experts_inverse = inverse_of(each);
 }
 
-// Whether a kernel that begins before a dispatch has ended leaves room for the other ranks on this GPU: each of those
+// Whether a kernel that begins before an operation has ended leaves room for the other ranks on this GPU: each of those
 // that it waits for needs as many blocks at a time as post to the others, which are its first ones. At worst all other
 // ranks hold, beside a next kernel of the most blocks, the SM of the one that waits for rows.
 bool Communicator::next_leaves_room() const {

@@ -7,6 +7,13 @@
 namespace moe_ep {
 namespace gpu {
 
+constexpr int kQuickSpins = 256;  // for a word, before looking what keeps it
+
+// n / divisor, with inverse_of(divisor).
+__device__ inline int quotient(int n, std::uint32_t inverse) {
+  return inverse == 0 ? n : static_cast<int>(__umulhi(static_cast<unsigned>(n), inverse));
+}
+
 // How a wait for a word ended.
 enum class Wait : int {
   kCame = 0,
