@@ -71,13 +71,6 @@ struct LowItem {
     token = quotient(item, params.chunks_inverse);
     chunk = item - token * params.chunks;
   }
-  __device__ void advance(const LowCombineParams& params) {
-    token += params.token_step;
-    chunk += params.chunk_step;
-    if (chunk < params.chunks) return;
-    chunk -= params.chunks;
-    ++token;
-  }
 };
 
 // A row of a token that is summed, and its weight.
@@ -169,6 +162,13 @@ __device__ inline void sum_rows(const LowJob& job, const LowCombineShared& share
   std::uint64_t* barriers = shared.at<std::uint64_t>(kBarriers) + warp * depth;
   KeptEntry* kept = shared.at<KeptEntry>(kKept) + warp * depth * job.topk;
   fence_bulk_to_global();
+  const auto advance = [&](LowItem& to) {
+    to.token += params.token_step;
+    to.chunk += params.chunk_step;
+    if (to.chunk < params.chunks) return;
+    to.chunk -= params.chunks;
+    ++to.token;
+  };
   LowItem loading = item;
   int on_their_way = 0;
   int load_stage = 0;
@@ -190,7 +190,7 @@ __device__ inline void sum_rows(const LowJob& job, const LowCombineShared& share
             static_cast<std::uint32_t>(bytes), barriers + load_stage);
       }
       if (++load_stage == depth) load_stage = 0;
-      loading.advance(params);
+      advance(loading);
       route = job.fetch(loading.token);
       if (++on_their_way < depth) continue;
     }
@@ -233,7 +233,7 @@ __device__ inline void sum_rows(const LowJob& job, const LowCombineShared& share
     }
     // All lanes have read the stage: it may be loaded again.
     __syncwarp();
-    item.advance(params);
+    advance(item);
     --on_their_way;
     if (++stage == depth) {
       stage = 0;
@@ -647,6 +647,7 @@ __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_c
       // Of a dispatch that has been combined before, peers may still read what is about to be written.
       if (!registered && start.header.combine_sequence != 0 && !await_posts(params, shared, sequence)) return;
       if (!registered && static_cast<int>(blockIdx.x) < params.send_blocks) {
+        fence_bulk_to_global();
         copy_rows<typename R::Element, kQuantizes>(
             params, shared.heaps()[group.rank] + params.rows_offset,
             CopyRing{shared.at<std::uint8_t>(kStages), shared.copy_barriers(), shared.at<float>(kScales)},
