@@ -107,7 +107,6 @@ struct LowJob {
   const std::uint8_t* lost;  // [num_ranks], in shared memory
   std::int64_t num_tokens;
   std::int32_t topk;
-  std::int32_t most_entries;
   std::int32_t hidden;
   const std::uint8_t* const* rows;  // [num_ranks], in shared memory
   std::uint8_t* out;
@@ -178,7 +177,7 @@ __device__ inline void sum_rows(const LowJob& job, const LowCombineShared& share
   for (;;) {
     if (loading.token < params.num_tokens) {
       const LowEntry entry = job.resolve(route);
-      const int bytes = min(R::kChunk, params.row_bytes - loading.chunk * R::kChunk);
+      const int bytes = chunk_bytes<R>(params.row_bytes, loading.chunk);
       const int count = __popc(__ballot_sync(0xffffffffu, entry.rank >= 0));
       if (lane < job.topk) kept[load_stage * job.topk + lane] = KeptEntry{entry.rank, job.weight(entry)};
       if (lane == 0) barrier_arrive_expect(barriers + load_stage, static_cast<std::uint32_t>(count * bytes));
@@ -205,32 +204,10 @@ __device__ inline void sum_rows(const LowJob& job, const LowCombineShared& share
       const int rank = entries[j].rank;
       if (rank < 0) break;
       const float factor = entries[j].factor;
-      uint4 vectors[R::kVectors];
-#pragma unroll
-      for (int v = 0; v < R::kVectors; ++v) {
-        vectors[v] = *reinterpret_cast<const uint4*>(data + j * R::kChunk + v * 512);
-      }
-      if constexpr (R::kPlain) {
-#pragma unroll
-        for (int v = 0; v < R::kVectors; ++v) sums.add_plain(v, vectors[v]);
-      } else if (rank != last_rank) {
-#pragma unroll
-        for (int v = 0; v < R::kVectors; ++v) sums.start_rank(v, vectors[v], factor);
-      } else {
-#pragma unroll
-        for (int v = 0; v < R::kVectors; ++v) sums.add(v, vectors[v], factor);
-      }
+      sums.add_row(data + j * R::kChunk, rank != last_rank, factor);
       last_rank = rank;
     }
-    std::uint8_t* out =
-        job.out +
-        static_cast<std::size_t>(static_cast<unsigned>(item.token)) * static_cast<unsigned>(params.row_bytes) +
-        item.chunk * R::kChunk + lane * 16;
-    const int left = params.row_bytes - item.chunk * R::kChunk - lane * 16;
-#pragma unroll
-    for (int v = 0; v < R::kVectors; ++v) {
-      if (v * 512 < left) store_streaming(reinterpret_cast<uint4*>(out + v * 512), sums.result(v));
-    }
+    store_sums<R>(job, params.row_bytes, item, sums);
     // All lanes have read the stage: it may be loaded again.
     __syncwarp();
     advance(item);
@@ -379,7 +356,7 @@ struct LowCombineStart {
     if (static_cast<int>(threadIdx.x) >= low.group.num_ranks) return;
     since = load_relaxed_device(low.masked_since + threadIdx.x);
     gave_up = params.routing.gave_up[threadIdx.x];
-    base = low.group.num_ranks <= kHeapsAtHand ? params.heaps[threadIdx.x] : low.group.bases[threadIdx.x];
+    base = heap_of(params, static_cast<int>(threadIdx.x));
   }
 };
 
@@ -659,8 +636,7 @@ __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_c
     }
   }
   if (!receives) return;
-  const LowJob job{params,      shared.lost(), params.num_tokens, params.topk,
-                   params.topk, params.hidden, shared.rows(),     params.out};
+  const LowJob job{params, shared.lost(), params.num_tokens, params.topk, params.hidden, shared.rows(), params.out};
   const LowRoute route = job.fetch(kQuantizes || warp >= params.pipeline.warps ? params.num_tokens : item.token);
   if (!await_rows(params, shared, memory, sequence)) return;
   // All ranks have begun. What comes next finds room where blocks end.
@@ -726,21 +702,12 @@ cudaError_t prepare_low_combine(std::size_t most_shared_bytes) {
 }
 
 std::size_t complete_low_combine(LowCombineParams& params) {
-  const Element element = params.quantize ? Element::kFloat8 : params.element;
-  params.post[static_cast<int>(LowWord::kOperation)] = static_cast<std::uint32_t>(kOperation);
-  params.post[static_cast<int>(LowWord::kElement)] = static_cast<std::uint32_t>(element);
-  params.post[static_cast<int>(LowWord::kTopk)] = static_cast<std::uint32_t>(params.topk);
-  params.post[static_cast<int>(LowWord::kHasWeights)] = params.has_weights ? 1 : 0;
-  params.post[static_cast<int>(LowWord::kIndex)] = static_cast<std::uint32_t>(params.index);
+  complete_words(params, kKind, kOperation, params.quantize ? Element::kFloat8 : params.element, params.has_weights);
   if (params.rows != nullptr || params.quantize) {
     params.post[static_cast<int>(LowWord::kBlocks)] = static_cast<std::uint32_t>(params.send_blocks);
     params.post[static_cast<int>(LowWord::kSegment)] = static_cast<std::uint32_t>(params.segment + 1);
     params.post[static_cast<int>(LowWord::kOffset)] = params.segment_offset;
   }
-  params.posts_offset = params.low.layout.post(kKind, static_cast<std::size_t>(params.index), 0);
-  params.arrivals_offset = params.low.layout.arrivals(kKind, static_cast<std::size_t>(params.index),
-                                                      static_cast<std::size_t>(params.low.group.rank));
-  params.post_stride = static_cast<std::int32_t>(params.low.layout.post_stride() / sizeof(std::uint64_t));
   params.row_bytes = params.hidden * static_cast<std::int32_t>(element_bytes(params.element));
   params.chunks = (params.row_bytes + kReduceChunk - 1) / kReduceChunk;
   params.chunks_inverse = inverse_of(params.chunks);

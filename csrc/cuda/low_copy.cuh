@@ -24,8 +24,6 @@ struct CopyRing {
   float* scales;            // [warps][kMostScalesAChunk]
 
   static constexpr std::size_t kBytes = kWarps * kCopyStages * kCopyChunk;
-  static constexpr std::size_t kSideBytes =
-      kWarps * (kCopyStages * sizeof(std::uint64_t) + kMostScalesAChunk * sizeof(float));
 };
 
 // Walks over the chunks of the rows to copy, in the order of slots, with a fixed stride.

@@ -27,13 +27,13 @@ enum LowArray : int {
   kBarriers,  // std::uint64_t [warps][stages]
   kHeaps,     // std::uint8_t* [num_ranks]
   kScales,    // float [warps][kMostScalesAChunk]
-  kIds,       // std::int32_t [routes] expert, -1: none
+  kIds,       // std::int32_t [routes] expert; -1: none, -2: out of range
   kRoutes,    // SortedRoute [warps][topk]
   kRankOf,    // std::int32_t [num_experts]; nothing where experts are spread evenly, as the next
   kLocalOf,   // std::int32_t [num_experts]
   // Zero at first, up to kHeader.
   kMarks,       // std::uint32_t [places][mark_stride] a bit a token: whether it has a row that goes there
-  kPost,        // std::uint32_t [header words + bins + 1] of this rank, but for the counts that marks tell
+  kPost,        // std::uint32_t [header words + bins + 1] of this rank; count_of() tells the counts of its rows
   kBefore,      // std::int32_t [bins] rows of ranks before this one
   kTotals,      // std::int32_t [bins]
   kMissing,     // std::uint8_t [num_ranks]
@@ -86,6 +86,8 @@ void lay_out(LowDispatchParams& params) {
   }
 }
 
+// Its own beside LowCombineShared: what derives from another class goes to functions through memory, which made this
+// kernel 190 instructions longer.
 struct LowShared {
   std::uint8_t* base;
   const std::uint32_t* offsets;
@@ -210,7 +212,7 @@ __device__ void keep_constants(const LowDispatchParams& params, const LowShared&
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll 1
   for (int rank = thread; rank < low.group.num_ranks; rank += kThreads) {
-    shared.heaps()[rank] = low.group.num_ranks <= kHeapsAtHand ? params.heaps[rank] : low.group.bases[rank];
+    shared.heaps()[rank] = heap_of(params, rank);
   }
   if (low.experts_each == 0) {
 #pragma unroll 1
@@ -385,7 +387,7 @@ __device__ __noinline__ void post_rare(const LowDispatchParams& params, LowShare
   __syncthreads();
 }
 
-// What this rank posts, but for the counts that marks tell.
+// What this rank posts, but for the counts of its rows.
 __device__ inline std::uint32_t post_word(const LowDispatchParams& params, const LowShared& shared, int word,
                                           bool rare) {
   return word < static_cast<int>(LowWord::kMask) && !rare ? params.post[word] : shared.post()[word];
@@ -508,7 +510,7 @@ __device__ bool gather_posts(const LowDispatchParams& params, const LowShared& s
   const int thread = static_cast<int>(threadIdx.x);
   const auto* posts = reinterpret_cast<const std::uint64_t*>(shared.heaps()[low.group.rank] + params.posts_offset);
   bool unusual = false;
-  // Two counts of two ranks are on their way at a time; each rank has a quarter of the threads.
+  // Two counts of two ranks are on their way at a time, to a quarter of the threads.
   const int quarter = params.sorters * 8;
   const int part = thread / 64 >> (params.sorters == kWarps ? 1 : 0);
 #pragma unroll 1
@@ -1194,24 +1196,16 @@ std::size_t complete_low_dispatch(LowDispatchParams& params, int blocks) {
   params.items_each = params.num_tokens * params.chunks / blocks;
   params.items_left = params.num_tokens * params.chunks % blocks;
   params.stage_bytes = static_cast<std::int32_t>(chunk_bytes(params));
-  params.element_bytes = static_cast<std::int32_t>(element_bytes(params.source.element));
-  params.source_bytes = params.source.hidden * params.element_bytes;
-  params.chunk_bytes = params.chunk_elements * params.element_bytes;
-  params.out_bytes = params.source.quantize ? 1 : params.element_bytes;
+  const auto element = static_cast<std::int32_t>(element_bytes(params.source.element));
+  params.source_bytes = params.source.hidden * element;
+  params.chunk_bytes = params.chunk_elements * element;
+  params.out_bytes = params.source.quantize ? 1 : element;
   params.bins =
       params.low.group.num_experts + (params.low.row_layout == RowLayout::kRank ? params.low.group.num_ranks : 0);
   params.receive_offset = params.low.layout.receive(static_cast<std::size_t>(params.index));
-  params.posts_offset = params.low.layout.post(kKind, static_cast<std::size_t>(params.index), 0);
-  params.arrivals_offset = params.low.layout.arrivals(kKind, static_cast<std::size_t>(params.index),
-                                                      static_cast<std::size_t>(params.low.group.rank));
-  params.post_stride = static_cast<std::int32_t>(params.low.layout.post_stride() / sizeof(std::uint64_t));
+  const Element crosses = params.sizes.scale > 0 ? Element::kFloat8 : params.source.element;
+  complete_words(params, kKind, kOperation, crosses, params.sizes.weight > 0);
   params.header_words = static_cast<std::int32_t>(params.low.layout.header_words());
-  params.post[static_cast<int>(LowWord::kOperation)] = static_cast<std::uint32_t>(kOperation);
-  params.post[static_cast<int>(LowWord::kElement)] =
-      static_cast<std::uint32_t>(params.sizes.scale > 0 ? Element::kFloat8 : params.source.element);
-  params.post[static_cast<int>(LowWord::kTopk)] = static_cast<std::uint32_t>(params.topk);
-  params.post[static_cast<int>(LowWord::kHasWeights)] = params.sizes.weight > 0 ? 1 : 0;
-  params.post[static_cast<int>(LowWord::kIndex)] = static_cast<std::uint32_t>(params.index);
   params.post[static_cast<int>(LowWord::kBlocks)] = static_cast<std::uint32_t>(blocks);
   params.capacity = static_cast<std::int32_t>(params.low.slots.capacity);
   params.row_blocks = static_cast<std::int32_t>(params.sizes.scale / sizeof(float));

@@ -73,6 +73,9 @@ struct LowRoutingView {
   }
 };
 
+// Heaps whose addresses come with a launch; of more ranks, from a table.
+constexpr int kHeapsAtHand = 16;
+
 // For __umulhi(): 2^32 / divisor, rounded up; exact for numbers of less than that. 0 for a divisor of 1.
 inline std::uint32_t inverse_of(std::int32_t divisor) {
   return divisor > 1 ? 0xffffffffu / static_cast<std::uint32_t>(divisor) + 1 : 0u;
@@ -101,9 +104,6 @@ struct LowGroup {
   std::uint32_t experts_inverse;
 };
 
-// Heaps whose addresses come with a launch; of more ranks, from a table.
-constexpr int kHeapsAtHand = 16;
-
 // Which halves of an operation a launch does.
 enum LowHalves : std::int32_t { kLowSend = 1, kLowReceive = 2, kLowBoth = 3 };
 
@@ -115,7 +115,7 @@ constexpr int kMostPartWords = 64;
 
 struct LowDispatchParams {
   LowGroup low;
-  std::uint8_t* heaps[kHeapsAtHand];  // [num_ranks]
+  std::uint8_t* heaps[kHeapsAtHand];  // [num_ranks], see heap_of()
   RowSource source;
   RowSizes sizes;  // of a row as it crosses
   LowRoutingView routing;
@@ -131,7 +131,7 @@ struct LowDispatchParams {
   LowHalves halves;
   std::int32_t sorters;           // warps that sort routes: half of them, or all
   bool gathers_scales;            // by expert, or they are sent with their rows
-  std::int32_t scale_parts_log2;  // in how many parts warps gather those of an expert
+  std::int32_t scale_parts_log2;  // log2 of the parts in which warps gather those of an expert
   std::int32_t scale_stride;      // words that a row has for them
   std::int32_t part_words;        // at most
   std::int32_t first_gathered;    // expert, so that ranks begin with experts of different ranks
@@ -144,7 +144,6 @@ struct LowDispatchParams {
   std::int32_t source_bytes;     // of a row
   std::int32_t chunk_bytes;      // of that
   std::int32_t stage_bytes;      // of the ring
-  std::int32_t element_bytes;    // of the source
   std::int32_t out_bytes;        // of an element as it crosses
   std::int32_t bins;             // experts, and ranks in layout rank
   std::int32_t places;           // experts, or ranks in layout rank: where rows go
@@ -156,7 +155,7 @@ struct LowDispatchParams {
   std::int32_t capacity;
   std::int32_t row_blocks;                     // scales of a row
   std::int32_t chunk_blocks;                   // and of a chunk
-  std::uint32_t zero_bytes;                    // of shared memory
+  std::uint32_t zero_bytes;                    // of shared memory, from the marks on, at first
   std::size_t posts_offset;                    // of this dispatch, in every rank's heap
   std::size_t arrivals_offset;                 // likewise, of this rank
   std::size_t receive_offset;                  // in every rank's heap
@@ -166,7 +165,7 @@ struct LowDispatchParams {
 
 struct LowCombineParams {
   LowGroup low;
-  std::uint8_t* heaps[kHeapsAtHand];  // as in LowDispatchParams
+  std::uint8_t* heaps[kHeapsAtHand];  // likewise
   Pipeline pipeline;
   LowRoutingView routing;
   const std::int64_t* topk_idx;

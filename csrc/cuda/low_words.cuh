@@ -14,6 +14,28 @@ __device__ inline int quotient(int n, std::uint32_t inverse) {
   return inverse == 0 ? n : static_cast<int>(__umulhi(static_cast<unsigned>(n), inverse));
 }
 
+// A rank's heap, as this process maps it.
+template <class Params>
+__device__ inline std::uint8_t* heap_of(const Params& params, int rank) {
+  const Group& group = params.low.group;
+  return group.num_ranks <= kHeapsAtHand ? params.heaps[rank] : group.bases[rank];
+}
+
+// On the host: where an operation's words are, and what its post says that does not depend on the kind of operation.
+template <class Params>
+void complete_words(Params& params, LowKind kind, Operation operation, Element element, bool has_weights) {
+  const auto index = static_cast<std::size_t>(params.index);
+  const LowLayout& layout = params.low.layout;
+  params.posts_offset = layout.post(kind, index, 0);
+  params.arrivals_offset = layout.arrivals(kind, index, static_cast<std::size_t>(params.low.group.rank));
+  params.post_stride = static_cast<std::int32_t>(layout.post_stride() / sizeof(std::uint64_t));
+  params.post[static_cast<int>(LowWord::kOperation)] = static_cast<std::uint32_t>(operation);
+  params.post[static_cast<int>(LowWord::kElement)] = static_cast<std::uint32_t>(element);
+  params.post[static_cast<int>(LowWord::kTopk)] = static_cast<std::uint32_t>(params.topk);
+  params.post[static_cast<int>(LowWord::kHasWeights)] = has_weights ? 1 : 0;
+  params.post[static_cast<int>(LowWord::kIndex)] = static_cast<std::uint32_t>(params.index);
+}
+
 // How a wait for a word ended.
 enum class Wait : int {
   kCame = 0,

@@ -1,4 +1,4 @@
-// Memory operations by name, order and scope; the only file with inline PTX.
+// Memory operations by name, order and scope; the only file with inline PTX, but for a reciprocal in quantize.cuh.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -117,22 +117,20 @@ __device__ __forceinline__ void store_gathered(std::int64_t* at, std::int64_t va
   asm volatile("st.global.L2::cache_hint.b64 [%0], %1, %2;" ::"l"(at), "l"(value), "l"(policy) : "memory");
 }
 
+__device__ __forceinline__ std::uint32_t shared_address(const void* at) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(at));
+}
+
 // Words that others write meanwhile, into shared memory without waiting for them; past the L1 cache. Both addresses are
 // multiples of 16 bytes.
 __device__ __forceinline__ void copy_two_words(std::uint64_t* to_shared, const std::uint64_t* from_global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   static_cast<std::uint32_t>(__cvta_generic_to_shared(to_shared))),
-               "l"(from_global)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to_shared)), "l"(from_global)
                : "memory");
 }
 // Until this thread's have come.
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Bulk asynchronous copies: addresses and sizes are multiples of 16 bytes. One thread starts a copy.
-
-__device__ __forceinline__ std::uint32_t shared_address(const void* at) {
-  return static_cast<std::uint32_t>(__cvta_generic_to_shared(at));
-}
 
 __device__ __forceinline__ void barrier_init(std::uint64_t* barrier, std::uint32_t arrivals) {
 #if defined(MOE_EP_BULK_COPIES)

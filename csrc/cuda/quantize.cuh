@@ -73,6 +73,17 @@ __device__ inline void load_four(const std::uint8_t* from, float (&values)[4]) {
   }
 }
 
+template <class T>
+__device__ inline void unpack_eight(const uint4 (&vectors)[8 / T::kPerVector], float (&values)[8]) {
+#pragma unroll
+  for (int v = 0; v < 8 / T::kPerVector; ++v) {
+    float unpacked[T::kPerVector];
+    T::unpack(vectors[v], unpacked);
+#pragma unroll
+    for (int i = 0; i < T::kPerVector; ++i) values[v * T::kPerVector + i] = unpacked[i];
+  }
+}
+
 // One block, four elements a lane, whatever is in it. Lanes past the row's end have zeros.
 struct QuantizedFour {
   std::uint32_t bytes;
@@ -160,13 +171,7 @@ __device__ inline void quantize_eight_blocks(std::uint8_t* chunk, int first, int
   for (int u = 0; u < kBlocks; ++u) {
     const float reciprocal = __shfl_sync(0xffffffffu, inverse, half | (u / 2 * 8) | (u % 2 * 4));
     float values[8];
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      float unpacked[T::kPerVector];
-      T::unpack(vectors[u][v], unpacked);
-#pragma unroll
-      for (int i = 0; i < T::kPerVector; ++i) values[v * T::kPerVector + i] = unpacked[i];
-    }
+    unpack_eight<T>(vectors[u], values);
     if (kWhole || column + u * kNext < elements) {
       *reinterpret_cast<uint2*>(chunk + column + u * kNext) =
           make_uint2(finite_to_e4m3x4(values, reciprocal), finite_to_e4m3x4(values + 4, reciprocal));
@@ -175,7 +180,8 @@ __device__ inline void quantize_eight_blocks(std::uint8_t* chunk, int first, int
   __syncwarp();
 }
 
-// The same in less code, for kernels that go through it once: four blocks at a time, a block by eight lanes.
+// A chunk in place, in units of 8 elements, in less code, for kernels that go through it once or a few times: four
+// blocks at a time, a block by eight lanes.
 template <class T>
 __device__ inline void quantize_briefly(std::uint8_t* chunk, int elements, bool power_of_two, float* scales) {
   constexpr int kVectors = 8 / T::kPerVector;
@@ -215,13 +221,7 @@ __device__ inline void quantize_briefly(std::uint8_t* chunk, int elements, bool 
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
       float values[8];
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        float unpacked[T::kPerVector];
-        T::unpack(vectors[u][v], unpacked);
-#pragma unroll
-        for (int i = 0; i < T::kPerVector; ++i) values[v * T::kPerVector + i] = unpacked[i];
-      }
+      unpack_eight<T>(vectors[u], values);
       if (column + u * kBlock / 2 < elements) {
         *reinterpret_cast<uint2*>(chunk + column + u * kBlock / 2) =
             make_uint2(finite_to_e4m3x4(values, reciprocal), finite_to_e4m3x4(values + 4, reciprocal));

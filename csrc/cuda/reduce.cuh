@@ -83,6 +83,22 @@ struct Sums {
       partial[v][i] = __fadd_rn(partial[v][i], __fmul_rn(values[i], weight));
     }
   }
+  // A row's chunk in shared memory; `data` is the lane's part. `starts`: no other row of this rank came before.
+  __device__ void add_row(const std::uint8_t* data, bool starts, float weight) {
+    uint4 vectors[R::kVectors];
+#pragma unroll
+    for (int v = 0; v < R::kVectors; ++v) vectors[v] = *reinterpret_cast<const uint4*>(data + v * 512);
+    if constexpr (R::kPlain) {
+#pragma unroll
+      for (int v = 0; v < R::kVectors; ++v) add_plain(v, vectors[v]);
+    } else if (starts) {
+#pragma unroll
+      for (int v = 0; v < R::kVectors; ++v) start_rank(v, vectors[v], weight);
+    } else {
+#pragma unroll
+      for (int v = 0; v < R::kVectors; ++v) add(v, vectors[v], weight);
+    }
+  }
   __device__ uint4 result(int v) const {
     if constexpr (R::kPlain) {
       return T::pack(total[v]);
@@ -107,8 +123,8 @@ __device__ inline float weight_of(const Job& job, const typename Job::LaneEntry&
   return job.weight(entry);
 }
 
-template <class R, class Job>
-__device__ inline void store_sums(const Job& job, int row_bytes, const ItemCursor& item, const Sums<R>& sums) {
+template <class R, class Job, class Item>
+__device__ inline void store_sums(const Job& job, int row_bytes, const Item& item, const Sums<R>& sums) {
   const int lane = threadIdx.x & 31;
   const int bytes = chunk_bytes<R>(row_bytes, item.chunk);
   std::uint8_t* out =
@@ -193,29 +209,13 @@ __device__ inline void reduce_rows_bulk(const Job& job, const Pipeline& pipeline
     barrier_wait(barriers + stage, parity);
     if constexpr (R::kPlain) {
 #pragma unroll 2
-      for (int j = 0; j < count; ++j) {
-#pragma unroll
-        for (int v = 0; v < R::kVectors; ++v) {
-          sums.add_plain(v, *reinterpret_cast<const uint4*>(data + j * R::kChunk + v * 512));
-        }
-      }
+      for (int j = 0; j < count; ++j) sums.add_row(data + j * R::kChunk, false, 1.0f);
     } else {
       int last_rank = -1;
       for (int j = 0; j < count; ++j) {
         const int rank = __shfl_sync(0xffffffffu, static_cast<int>(entry.rank), j);
         const float factor = __shfl_sync(0xffffffffu, weight, j);
-        uint4 vectors[R::kVectors];
-#pragma unroll
-        for (int v = 0; v < R::kVectors; ++v) {
-          vectors[v] = *reinterpret_cast<const uint4*>(data + j * R::kChunk + v * 512);
-        }
-        if (rank != last_rank) {
-#pragma unroll
-          for (int v = 0; v < R::kVectors; ++v) sums.start_rank(v, vectors[v], factor);
-        } else {
-#pragma unroll
-          for (int v = 0; v < R::kVectors; ++v) sums.add(v, vectors[v], factor);
-        }
+        sums.add_row(data + j * R::kChunk, rank != last_rank, factor);
         last_rank = rank;
       }
     }
