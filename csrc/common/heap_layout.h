@@ -22,7 +22,7 @@ namespace moe_ep {
 
 constexpr std::size_t kCacheLine = 64;
 constexpr std::size_t kRegionAlignment = 4096;
-constexpr std::uint64_t kHeapMagic = 0x6d6f655f65703032ULL;
+constexpr std::uint64_t kHeapMagic = 0x6d6f655f65703033ULL;
 constexpr std::size_t kDepartureText = 448;
 
 MOE_EP_HOST_DEVICE constexpr std::size_t align_up(std::size_t value, std::size_t alignment) {

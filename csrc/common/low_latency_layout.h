@@ -30,7 +30,8 @@ constexpr int kLowArrivals = kMostLowBlocks + 8;
 // In an arrival: the sender has dropped the dispatch, wholly or in part.
 constexpr std::uint32_t kLowGaveUp = 1u << 16;
 
-// Words of a post, before the mask (a bit a rank) and the counts of rows per expert and per rank.
+// Words of a post, before the mask (a bit a rank) and the counts of rows per expert and per rank. A combine between
+// GPUs has nothing to say after kOffset.
 enum class LowWord : int {
   // These are compared.
   kOperation = 0,
