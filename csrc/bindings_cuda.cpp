@@ -109,7 +109,7 @@ std::unique_ptr<Communicator> connect(std::shared_ptr<Pool> heap, int rank,
                                       const std::vector<std::pair<std::int64_t, py::bytes>>& peers,
                                       std::vector<std::int32_t> expert_to_rank, std::int64_t alignment, bool two_stage,
                                       std::int64_t max_tokens, double timeout_s, int default_sms, int ranks_on_device,
-                                      std::int64_t low_tokens, int low_layout, bool mask_on_timeout) {
+                                      bool gpu_each, std::int64_t low_tokens, int low_layout, bool mask_on_timeout) {
   std::vector<PeerAddress> addresses;
   for (const auto& [pid, handle] : peers) {
     PeerAddress address{pid, {}};
@@ -123,6 +123,7 @@ std::unique_ptr<Communicator> connect(std::shared_ptr<Pool> heap, int rank,
                               timeout_s,
                               default_sms,
                               ranks_on_device,
+                              gpu_each,
                               low_tokens,
                               static_cast<RowLayout>(low_layout),
                               mask_on_timeout};
@@ -162,16 +163,17 @@ DispatchResult dispatch(Communicator& self, std::uintptr_t x, int element, std::
   return self.dispatch(arguments);
 }
 
-void expand(Communicator& self, const DispatchResult& staged, int element, std::int32_t hidden, bool fresh,
-            std::uintptr_t ids, std::uintptr_t block, int num_sms, std::uintptr_t stream) {
+void expand(Communicator& self, const DispatchResult& staged, int element, std::int32_t hidden, bool fresh, bool beside,
+            std::uintptr_t block, int num_sms, int local_sms, std::uintptr_t stream) {
   ExpandArguments arguments{};
   arguments.staged = &staged;
   arguments.element = static_cast<Element>(element);
   arguments.hidden = hidden;
   arguments.fresh = fresh;
-  arguments.ids = pointer<std::int32_t>(ids);
+  arguments.beside = beside;
   arguments.block = pointer<std::uint8_t>(block);
   arguments.num_sms = num_sms;
+  arguments.local_sms = local_sms;
   arguments.streams = Streams{stream_of(stream), stream_of(stream)};
   const py::gil_scoped_release release;
   self.expand(arguments);
@@ -180,7 +182,7 @@ void expand(Communicator& self, const DispatchResult& staged, int element, std::
 CombineResult combine(Communicator& self, std::uintptr_t rows, int element, std::int32_t hidden,
                       std::shared_ptr<Routing> routing, std::optional<std::uintptr_t> weights,
                       std::optional<std::uintptr_t> values, std::uintptr_t out, std::uintptr_t values_out, int num_sms,
-                      std::uintptr_t stream, std::uintptr_t home) {
+                      int local_sms, std::uintptr_t stream, std::uintptr_t home) {
   CombineArguments arguments{};
   arguments.rows = pointer<const std::uint8_t>(rows);
   arguments.element = static_cast<Element>(element);
@@ -193,6 +195,7 @@ CombineResult combine(Communicator& self, std::uintptr_t rows, int element, std:
   arguments.out = pointer<std::uint8_t>(out);
   arguments.values_out = pointer<float>(values_out);
   arguments.num_sms = num_sms;
+  arguments.local_sms = local_sms;
   arguments.streams = Streams{stream_of(stream), stream_of(home)};
   const py::gil_scoped_release release;
   return self.combine(arguments);
@@ -382,19 +385,26 @@ PYBIND11_MODULE(_cuda, module) {
   py::class_<Communicator>(module, "Communicator")
       .def(py::init(&connect), py::arg("heap"), py::kw_only(), py::arg("rank"), py::arg("peers"),
            py::arg("expert_to_rank"), py::arg("alignment"), py::arg("two_stage"), py::arg("max_tokens"),
-           py::arg("timeout_s"), py::arg("default_sms"), py::arg("ranks_on_device"), py::arg("low_tokens"),
-           py::arg("low_layout"), py::arg("mask_on_timeout"))
+           py::arg("timeout_s"), py::arg("default_sms"), py::arg("ranks_on_device"), py::arg("gpu_each"),
+           py::arg("low_tokens"), py::arg("low_layout"), py::arg("mask_on_timeout"))
       .def("dispatch", &gpu::dispatch, py::kw_only(), py::arg("x"), py::arg("element"), py::arg("scales"),
            py::arg("num_tokens"), py::arg("hidden"), py::arg("topk_idx"), py::arg("topk"), py::arg("weights"),
            py::arg("layout"), py::arg("max_recv_rows"), py::arg("quantize"), py::arg("power_of_two"),
            py::arg("routing"), py::arg("routing_memory"), py::arg("num_sms"), py::arg("stream"), py::arg("home"))
       .def("expand", &gpu::expand, py::kw_only(), py::arg("staged"), py::arg("element"), py::arg("hidden"),
-           py::arg("fresh"), py::arg("ids"), py::arg("block"), py::arg("num_sms"), py::arg("stream"))
+           py::arg("fresh"), py::arg("beside"), py::arg("block"), py::arg("num_sms"), py::arg("local_sms"),
+           py::arg("stream"))
+      .def(
+          "stage_stream",
+          [](const Communicator& self, int num_sms, int local_sms, std::size_t bytes) {
+            return reinterpret_cast<std::uintptr_t>(self.stage_stream(num_sms, local_sms, bytes));
+          },
+          py::kw_only(), py::arg("num_sms"), py::arg("local_sms"), py::arg("bytes"))
       .def("expanded_offsets",
            [](const Communicator& self, const DispatchResult& staged) { return offsets_of(self.expanded(staged)); })
       .def("combine", &gpu::combine, py::kw_only(), py::arg("rows"), py::arg("element"), py::arg("hidden"),
            py::arg("routing"), py::arg("weights"), py::arg("values"), py::arg("out"), py::arg("values_out"),
-           py::arg("num_sms"), py::arg("stream"), py::arg("home"))
+           py::arg("num_sms"), py::arg("local_sms"), py::arg("stream"), py::arg("home"))
       .def(
           "lease",
           [](Communicator& self, std::size_t bytes, std::uintptr_t stream, std::uintptr_t home) {
@@ -453,7 +463,7 @@ PYBIND11_MODULE(_cuda, module) {
       .def(
           "tune",
           [](Communicator& self, int send_warps, int chunk_bytes, int reduce_warps, int reduce_stages, int reduce_chunk,
-             int gather_scales) {
+             int gather_scales, int overlap_stages) {
             Pipeline send{};
             send.warps = send_warps;
             send.chunk_bytes = chunk_bytes;
@@ -461,10 +471,11 @@ PYBIND11_MODULE(_cuda, module) {
             reduce.warps = reduce_warps;
             reduce.stages = reduce_stages;
             reduce.chunk_bytes = reduce_chunk;
-            self.tune(send, reduce, gather_scales);
+            self.tune(send, reduce, gather_scales, overlap_stages);
           },
           py::kw_only(), py::arg("send_warps") = 0, py::arg("chunk_bytes") = 0, py::arg("reduce_warps") = 0,
-          py::arg("reduce_stages") = 0, py::arg("reduce_chunk") = 0, py::arg("gather_scales") = 0);
+          py::arg("reduce_stages") = 0, py::arg("reduce_chunk") = 0, py::arg("gather_scales") = 0,
+          py::arg("overlap_stages") = 0);
   module.attr("routing_header_bytes") = sizeof(RoutingHeader);
   module.attr("fan_bytes") = sizeof(Entry);
   module.def("device_uuid", &device_uuid, py::arg("device"));

@@ -91,6 +91,7 @@ class Communicator:
         timeout_s: float,
         default_sms: int,
         ranks_on_device: int,
+        gpu_each: bool,
         low_tokens: int,
         low_layout: int,
         mask_on_timeout: bool,
@@ -116,6 +117,7 @@ class Communicator:
         stream: int,
         home: int,
     ) -> DispatchResult: ...
+    def stage_stream(self, *, num_sms: int, local_sms: int, bytes: int) -> int: ...
     def expand(
         self,
         *,
@@ -123,9 +125,10 @@ class Communicator:
         element: int,
         hidden: int,
         fresh: bool,
-        ids: int,
+        beside: bool,
         block: int,
         num_sms: int,
+        local_sms: int,
         stream: int,
     ) -> None: ...
     def expanded_offsets(self, staged: DispatchResult) -> _Offsets: ...
@@ -141,6 +144,7 @@ class Communicator:
         out: int,
         values_out: int,
         num_sms: int,
+        local_sms: int,
         stream: int,
         home: int,
     ) -> CombineResult: ...
@@ -212,6 +216,7 @@ class Communicator:
         reduce_stages: int = 0,
         reduce_chunk: int = 0,
         gather_scales: int = 0,
+        overlap_stages: int = 0,
     ) -> None: ...
 
 def device_uuid(device: int) -> str: ...

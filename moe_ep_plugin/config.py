@@ -31,7 +31,7 @@ def _require(ok: bool, argument: str, value: object, limit: str, remedy: str) ->
 class EpConfig:
     """Settings of an expert-parallel buffer.
 
-    All but ``host_threads``, ``num_sms`` and ``shm_dir`` must be equal on all ranks, which is checked.
+    All but ``host_threads``, ``num_sms``, ``local_sms`` and ``shm_dir`` must be equal on all ranks, which is checked.
 
     Attributes:
         num_experts: Experts in the whole group, at least 1. May be fewer than ranks and need not divide
@@ -55,6 +55,10 @@ class EpConfig:
             stages a rank's sum for a token crosses rounded to the rows' dtype.
         num_sms: SMs that communication kernels may use. None: this rank's share of its GPU, at most 24. No effect
             on the CPU backends.
+        local_sms: SMs of kernels that stay on a GPU, as two stages have: rows written to their experts' places after
+            they have crossed, and summed before they cross back. Where each rank has a GPU of its own they run beside
+            those of ``num_sms``, if the GPU has SMs for both. None: ``num_sms`` where it or the call sets it, else this
+            rank's share of its GPU, at most 64.
         host_threads: Copy threads a rank uses on the host backend. None: this process's cores divided by
             the ranks that share them.
         pool_bytes: Most bytes of the heap for leased rows; on GPUs they are taken when the buffer is made. None: see
@@ -84,6 +88,7 @@ class EpConfig:
     expert_to_rank: tuple[int, ...] | None = None
     expand: Expand = "auto"
     num_sms: int | None = None
+    local_sms: int | None = None
     host_threads: int | None = None
     pool_bytes: int | None = None
     low_latency_tokens_per_rank: int | None = None
@@ -99,7 +104,7 @@ class EpConfig:
             _require(
                 whole and value >= 1, name, repr(value), "it must be a whole number of at least 1", f"set {name} >= 1"
             )
-        for name in ("num_sms", "host_threads", "pool_bytes", "low_latency_tokens_per_rank"):
+        for name in ("num_sms", "local_sms", "host_threads", "pool_bytes", "low_latency_tokens_per_rank"):
             value = getattr(self, name)
             _require(
                 value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1),
@@ -191,7 +196,7 @@ class EpConfig:
 
     def agreed_fields(self) -> dict[str, str]:
         """The settings that every rank must have set alike, as text, for the check at start-up."""
-        own = {"host_threads", "num_sms", "device", "shm_dir"}
+        own = {"host_threads", "num_sms", "local_sms", "device", "shm_dir"}
         return {f.name: str(getattr(self, f.name)) for f in fields(self) if f.name not in own} | {
             "device": self.device_type
         }

@@ -57,6 +57,7 @@ class Case:
     numbers: str
     seed: int
     num_sms: int | None = None
+    overlaps_stages: bool = False
 
     def rounds_partials(self, buffer: EpBuffer) -> bool:
         """Whether a rank's partial sums cross in the dtype of the rows: where it reduces them before they cross.
@@ -131,6 +132,7 @@ def make_case(
         numbers=pick(["integer", "integer", "real"]),
         seed=pick(range(1 << 31)),
         num_sms=pick([None, 1, 2, 7, 12]) if large else None,
+        overlaps_stages=pick([False, True]) if large else False,
     )
 
 

@@ -148,6 +148,9 @@ def run_case(case: Case, places: tuple[Place, ...], routings: int) -> int:
     """All routings of a case in each place; returns how many were compared."""
     with ExitStack() as stack:
         buffers = [stack.enter_context(EpBuffer(None, case.config(place))) for place in places]
+        for buffer in buffers:
+            if case.overlaps_stages and buffer.backend == "cuda":
+                buffer._backend.communicator.tune(overlap_stages=1)  # type: ignore[attr-defined]
         assert [b.backend for b in buffers] == [place.backend for place in places]
         for seed in range(routings):
             inputs = Inputs(case, seed, buffers[0].rank)

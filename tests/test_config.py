@@ -17,7 +17,8 @@ GOOD = {"num_experts": 8, "num_topk": 2, "hidden": 64, "max_tokens_per_rank": 16
     [
         *[(name, bad, "at least 1") for name in GOOD if name != "device" for bad in (0, -1, 1.5, "8", True, None)],
         ("expert_alignment", 0, "at least 1"),
-        *[(name, bad, "None or") for name in ("num_sms", "host_threads", "pool_bytes") for bad in (0, -3, 0.5)],
+        *[(name, bad, "None or") for name in ("num_sms", "local_sms") for bad in (0, -3, 0.5)],
+        *[(name, bad, "None or") for name in ("host_threads", "pool_bytes") for bad in (0, -3, 0.5)],
         ("num_topk", 33, "at most 32"),
         ("hidden", 12, "16 bytes"),
         ("dtype", torch.float64, "float32"),
@@ -64,7 +65,7 @@ def test_replace_validates_again():
 
 def test_agreed_fields_leave_out_what_ranks_may_choose():
     fields = EpConfig(**GOOD).agreed_fields()
-    assert fields == EpConfig(**GOOD, host_threads=3, num_sms=5).agreed_fields()
+    assert fields == EpConfig(**GOOD, host_threads=3, num_sms=5, local_sms=7).agreed_fields()
     assert fields != EpConfig(**GOOD | {"hidden": 128}).agreed_fields()
 
 

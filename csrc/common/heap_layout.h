@@ -22,16 +22,23 @@ namespace moe_ep {
 
 constexpr std::size_t kCacheLine = 64;
 constexpr std::size_t kRegionAlignment = 4096;
-constexpr std::uint64_t kHeapMagic = 0x6d6f655f65703033ULL;
+constexpr std::uint64_t kHeapMagic = 0x6d6f655f65703034ULL;
 constexpr std::size_t kDepartureText = 448;
 
 MOE_EP_HOST_DEVICE constexpr std::size_t align_up(std::size_t value, std::size_t alignment) {
   return (value + alignment - 1) / alignment * alignment;
 }
 
-// What a flag of one source rank says it has done for the operation whose sequence number it holds.
-enum class Step : int { kPost = 0, kGrant = 1, kArrival = 2, kRead = 3 };
-constexpr int kNumSteps = 4;
+// What a flag of one source rank says it has done for the operation whose sequence number it holds. That of kReduced
+// and that of kSent say how much of it is done, too: see progress_flag().
+enum class Step : int { kPost = 0, kGrant = 1, kArrival = 2, kRead = 3, kReduced = 4, kSent = 5 };
+constexpr int kNumSteps = 6;
+
+// `done`: parts whose rows have been summed, or rows that have been sent.
+constexpr int kProgressBits = 32;
+MOE_EP_HOST_DEVICE constexpr std::uint64_t progress_flag(std::uint64_t sequence, std::uint32_t done) {
+  return sequence << kProgressBits | done;
+}
 
 enum class Operation : std::int32_t { kDispatch = 0, kCombine = 1, kLowDispatch = 2, kLowCombine = 3 };
 enum class RowLayout : std::int32_t { kExpert = 0, kRank = 1 };

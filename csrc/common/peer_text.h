@@ -16,6 +16,8 @@ inline const char* step_name(Step step) {
     case Step::kGrant: return "the grant of a receive block";
     case Step::kArrival: return "the arrival of rows";
     case Step::kRead: return "the reading of rows";
+    case Step::kReduced: return "the sums of rows";
+    case Step::kSent: return "the arrival of rows";
   }
   return "an unknown step";
 }

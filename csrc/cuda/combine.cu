@@ -2,6 +2,7 @@
 // all peers have read theirs. Beside it the local reduction that comes first in two stages.
 #include "cuda/exchange.cuh"
 #include "cuda/launch.h"
+#include "cuda/parts.cuh"
 #include "cuda/reduce.cuh"
 
 namespace moe_ep {
@@ -11,20 +12,26 @@ namespace {
 constexpr Operation kOperation = Operation::kCombine;
 
 struct CombineShared {
+  static constexpr int kTables = 5;
   const std::uint8_t** rows;  // [num_ranks]
   const float** weights;      // [num_ranks]
   const float** values;       // [num_ranks]
+  std::int64_t* run_first;    // [num_ranks] of the rows that a rank has for another, in the block where they lie
+  std::int64_t* run_rows;     // [num_ranks]
   std::uint64_t* barriers;
   std::uint8_t* stages;
 
   __host__ __device__ static std::size_t fixed_bytes(int num_ranks, const Pipeline& pipeline) {
-    return align_up((3 * static_cast<std::size_t>(num_ranks) + pipeline.warps * pipeline.stages) * sizeof(void*), 128);
+    return align_up((kTables * static_cast<std::size_t>(num_ranks) + pipeline.warps * pipeline.stages) * sizeof(void*),
+                    128);
   }
   __device__ CombineShared(std::uint8_t* base, int num_ranks, const Pipeline& pipeline) {
     rows = reinterpret_cast<const std::uint8_t**>(base);
     weights = reinterpret_cast<const float**>(rows + num_ranks);
     values = weights + num_ranks;
-    barriers = reinterpret_cast<std::uint64_t*>(values + num_ranks);
+    run_first = reinterpret_cast<std::int64_t*>(values + num_ranks);
+    run_rows = run_first + num_ranks;
+    barriers = reinterpret_cast<std::uint64_t*>(run_rows + num_ranks);
     stages = base + fixed_bytes(num_ranks, pipeline);
   }
 };
@@ -90,7 +97,26 @@ __device__ void clear_results(const CombineParams& params) {
   }
 }
 
-template <class R>
+// All threads of a block. False: a rank's first part, with which its values come, was waited for in vain.
+__device__ bool await_values(const Group& group, std::uint64_t sequence, const std::int64_t* sent_rows) {
+  bool ok = true;
+  for (int rank = threadIdx.x; rank < group.num_ranks; rank += blockDim.x) {
+    if (sent_rows[rank] > 0) {
+      ok = wait_for(group, Step::kReduced, rank, progress_flag(sequence, 1), kOperation) && ok;
+    }
+  }
+  return __syncthreads_and(ok) != 0;
+}
+
+// One thread, before the operation ends: no part is told under a later one's number.
+__device__ void await_own_parts(const CombineParams& params, std::uint64_t sequence) {
+  const Group& group = params.group;
+  const int parts = most_parts(params.routing.rows_from, group.num_ranks, params.part_log2);
+  const auto all = progress_flag(sequence, static_cast<std::uint32_t>(parts));
+  if (parts > 0) wait_for_progress(group, Step::kReduced, group.rank, all, kOperation);
+}
+
+template <class R, bool kAwaits>
 __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_constant__ CombineParams params) {
   extern __shared__ __align__(128) std::uint8_t memory[];
   __shared__ Verdict verdict;
@@ -123,10 +149,15 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_const
           reinterpret_cast<const float*>(heap + post_field(group, sequence, rank, &OperationPost::side_offset));
       shared.values[rank] =
           reinterpret_cast<const float*>(heap + post_field(group, sequence, rank, &OperationPost::values_offset));
+      if constexpr (kAwaits) {
+        shared.run_first[rank] = params.routing.sent_first[rank];
+        shared.run_rows[rank] = params.routing.sent_rows[rank];
+      }
     }
     __syncthreads();
-    if (params.has_values) gather_values(params, shared.values);
-    const ReduceJob job{params.routing.entries,
+    if (!kAwaits && params.has_values) gather_values(params, shared.values);
+    const ReduceJob job{{},
+                        params.routing.entries,
                         params.num_tokens,
                         params.topk,
                         params.most_entries,
@@ -134,11 +165,23 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_const
                         shared.rows,
                         params.weights_at_rows ? shared.weights : nullptr,
                         params.out};
-    reduce_rows<R>(job, params.pipeline, ReduceRing{shared.stages, shared.barriers});
+    const ReduceRing ring{shared.stages, shared.barriers};
+    if constexpr (kAwaits) {
+      const Progress progress(group, Step::kReduced, kOperation, sequence);
+      AwaitingJob awaiting(job, progress, shared.run_first, params.part_log2);
+      reduce_rows<R>(awaiting, params.pipeline, ring);
+      if (params.has_values && await_values(group, sequence, shared.run_rows)) gather_values(params, shared.values);
+    } else {
+      reduce_rows<R>(job, params.pipeline, ring);
+    }
   }
   if (!goes_on) clear_results(params);
   // The caller may write its rows again once every peer has read them.
   if (is_last_block(&group.state->blocks[1])) {
+    if constexpr (kAwaits) {
+      if (threadIdx.x == 0 && params.reduces) await_own_parts(params, sequence);
+      __syncthreads();
+    }
     finish_operation(group, Step::kRead, sequence, kOperation, goes_on);
   }
 }
@@ -146,22 +189,25 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_const
 template <class R>
 __global__ void __launch_bounds__(kThreads, 1) reduce_kernel(const __grid_constant__ ReduceParams params) {
   extern __shared__ __align__(128) std::uint8_t memory[];
+  const Group& group = params.group;
   // What a failed dispatch left is no routing.
-  if (load_relaxed_device(&params.state->failed) != 0) return;
-  const CombineShared shared(memory, 1, params.pipeline);
+  if (load_relaxed_device(&group.state->failed) != 0) return;
+  const CombineShared shared(memory, group.num_ranks, params.pipeline);
   if (threadIdx.x == 0) {
     shared.rows[0] = params.rows;
     shared.weights[0] = params.weights;
+    std::int64_t next = 0;
+    for (int rank = 0; rank < group.num_ranks; ++rank) {
+      const std::int64_t rows = params.routing.rows_from[rank];
+      shared.run_first[rank] = next;
+      shared.run_rows[rank] = rows;
+      next += rows;
+    }
   }
   __syncthreads();
-  const std::int64_t received = *params.received_rows;
-  const ReduceJob job{params.fan,
-                      received,
-                      params.topk,
-                      params.topk,
-                      params.hidden,
-                      shared.rows,
-                      params.weights != nullptr ? shared.weights : nullptr,
+  const std::int64_t received = params.routing.header->received_rows;
+  const ReduceJob job{{},          params.fan,    received,    params.topk,
+                      params.topk, params.hidden, shared.rows, params.weights != nullptr ? shared.weights : nullptr,
                       params.out};
   if (params.values != nullptr) {
     const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
@@ -174,8 +220,12 @@ __global__ void __launch_bounds__(kThreads, 1) reduce_kernel(const __grid_consta
         if (entry.rank >= 0) out[entry.position] = params.values[entry.slot];
       }
     }
+    // Told with the first part, by warps that need not be those that wrote them.
+    __syncthreads();
   }
-  reduce_rows<R>(job, params.pipeline, ReduceRing{shared.stages, shared.barriers});
+  const PartsWalk walk{shared.run_first, shared.run_rows, group.num_ranks, params.part_log2};
+  PartsJob in_parts(job, group, walk, params.tells_parts);
+  reduce_rows<R>(in_parts, params.pipeline, ReduceRing{shared.stages, shared.barriers});
 }
 
 // Calls `visit` with the Reduction that fits. Wide chunks of few rows keep as many bytes in flight.
@@ -200,10 +250,12 @@ cudaError_t prepare_combine(std::size_t most_shared_bytes) {
         if (!plain && chunk == kWideReduceChunk) continue;
         const cudaError_t error = visit_reduction(element, plain, chunk, [&](auto reduction) {
           using R = decltype(reduction);
-          const cudaError_t first =
-              cudaFuncSetAttribute(combine_kernel<R>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-          if (first != cudaSuccess) return first;
-          return cudaFuncSetAttribute(reduce_kernel<R>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+          constexpr auto kMost = cudaFuncAttributeMaxDynamicSharedMemorySize;
+          cudaError_t set = cudaFuncSetAttribute(combine_kernel<R, false>, kMost, bytes);
+          if constexpr (R::kPlain) {
+            if (set == cudaSuccess) set = cudaFuncSetAttribute(combine_kernel<R, true>, kMost, bytes);
+          }
+          return set == cudaSuccess ? cudaFuncSetAttribute(reduce_kernel<R>, kMost, bytes) : set;
         });
         if (error != cudaSuccess) return error;
       }
@@ -216,13 +268,21 @@ cudaError_t launch_combine(const CombineParams& params, int blocks, cudaStream_t
   const std::size_t shared = shared_bytes(params.pipeline, params.group.num_ranks, params.most_entries);
   const bool plain = params.deduplicated && !params.weights_at_rows;
   return visit_reduction(params.element, plain, params.pipeline.chunk_bytes, [&](auto reduction) {
-    combine_kernel<decltype(reduction)><<<blocks, kThreads, shared, stream>>>(params);
+    using R = decltype(reduction);
+    // In two stages weights are applied before rows cross.
+    if constexpr (R::kPlain) {
+      if (params.awaits_parts) {
+        combine_kernel<R, true><<<blocks, kThreads, shared, stream>>>(params);
+        return cudaGetLastError();
+      }
+    }
+    combine_kernel<R, false><<<blocks, kThreads, shared, stream>>>(params);
     return cudaGetLastError();
   });
 }
 
 cudaError_t launch_reduce(const ReduceParams& params, int blocks, cudaStream_t stream) {
-  const std::size_t shared = shared_bytes(params.pipeline, 1, params.topk);
+  const std::size_t shared = shared_bytes(params.pipeline, params.group.num_ranks, params.topk);
   const bool plain = params.weights == nullptr;
   return visit_reduction(params.element, plain, params.pipeline.chunk_bytes, [&](auto reduction) {
     reduce_kernel<decltype(reduction)><<<blocks, kThreads, shared, stream>>>(params);

@@ -70,6 +70,9 @@ void Communicator::connect(const std::vector<PeerAddress>& peers) {
   MOE_EP_CUDA_CHECK(cudaStreamCreateWithFlags(&control_, cudaStreamNonBlocking));
   MOE_EP_CUDA_CHECK(cudaEventCreateWithFlags(&behind_, cudaEventDisableTiming));
   MOE_EP_CUDA_CHECK(cudaEventCreateWithFlags(&low_home_event_, cudaEventDisableTiming));
+  MOE_EP_CUDA_CHECK(cudaStreamCreateWithFlags(&stage_, cudaStreamNonBlocking));
+  MOE_EP_CUDA_CHECK(cudaEventCreateWithFlags(&stage_start_, cudaEventDisableTiming));
+  MOE_EP_CUDA_CHECK(cudaEventCreateWithFlags(&stage_end_, cudaEventDisableTiming));
 }
 
 std::uint8_t* Communicator::open_heap(int rank, const IpcHandle& heap) {
@@ -178,8 +181,10 @@ void Communicator::release() {
   }
   bases_.clear();
   if (control_ != nullptr) cudaStreamDestroy(control_);
-  if (behind_ != nullptr) cudaEventDestroy(behind_);
-  if (low_home_event_ != nullptr) cudaEventDestroy(low_home_event_);
+  if (stage_ != nullptr) cudaStreamDestroy(stage_);
+  for (cudaEvent_t event : {behind_, low_home_event_, stage_start_, stage_end_}) {
+    if (event != nullptr) cudaEventDestroy(event);
+  }
   if (device_memory_ != nullptr) cudaFree(device_memory_);
   if (report_ != nullptr) cudaFreeHost(report_);
   cudaGetLastError();
@@ -195,9 +200,9 @@ int Communicator::count_warps(int bins) const {
   return std::min(kWarps, counters - kArraysBesideCounters);
 }
 
-// What did best on an H200 (docs/performance.md): where memory is the limit, few small chunks in flight disturb it
-// least; with few SMs each of them has to keep more in flight. Quantising takes all warps.
-Pipeline Communicator::send_pipeline(const RowSource& source, const RowSizes& sizes, int num_destinations) const {
+// What did best on an H200 and on H100s (docs/performance.md): where memory or a link is the limit, few small chunks in
+// flight disturb it least; with few SMs each of them has to keep more in flight. Quantising takes all warps.
+Pipeline Communicator::send_pipeline(const RowSource& source, const RowSizes& sizes, bool crosses, int num_sms) const {
   Pipeline pipeline{};
   pipeline.count_warps = count_warps(group_.num_experts + group_.num_ranks);
   const auto element = static_cast<std::int64_t>(element_bytes(source.element));
@@ -206,18 +211,24 @@ Pipeline Communicator::send_pipeline(const RowSource& source, const RowSizes& si
   pipeline.warps = kWarps;
   pipeline.chunk_bytes = static_cast<std::int32_t>(row);
   if (!pipeline.use_bulk) return pipeline;
-  const bool crowded = is_crowded();
-  if (crowded && !source.quantize) pipeline.warps = kWarps / 2;
+  const int num_destinations = crosses ? num_ranks() : 1;
+  const int blocks = most_blocks(num_sms);
+  // So many warps in all fill a link; with more, rows queue up in it, and what waits for them waits longer.
+  constexpr int kWarpsForLinks = 96;
+  const bool linked = options_.gpu_each && num_ranks() > 1 && blocks * kWarps / 2 >= kWarpsForLinks;
+  const bool few = (is_crowded() || linked) && !source.quantize;
+  if (few) pipeline.warps = linked && crosses ? std::max((kWarpsForLinks + blocks - 1) / blocks, 4) : kWarps / 2;
   const std::int64_t stages = send_stages(source.quantize);
   const std::int64_t side = sizeof(std::uint64_t) * stages + (source.quantize ? kMostScalesAChunk * sizeof(float) : 0);
-  const auto room = static_cast<std::int64_t>(most_shared_bytes_ - align_up(at(num_destinations) * 48, 128) - 128);
+  const auto room = static_cast<std::int64_t>(most_shared_bytes_ -
+                                              align_up(at(num_destinations) * 48 + at(num_ranks()) * 16, 128) - 128);
   std::int64_t most = (room / kWarps - side) / stages;
   // Quantising by whole units, and a short last one, costs least.
   const std::int64_t block = static_cast<std::int64_t>(kFp8Block) * element;
   const std::int64_t unit = !source.quantize                     ? 16
                             : most >= kQuantizedAtOnce * element ? kQuantizedAtOnce * element
                                                                  : block;
-  if (crowded && !source.quantize) most = std::min<std::int64_t>(most, kSmallChunk);
+  if (few) most = std::min<std::int64_t>(most, kSmallChunk);
   if (source.quantize) most = std::min(most, kQuantizedChunk * element);
   const std::int64_t chunks = (row + most / unit * unit - 1) / (most / unit * unit);
   const std::int64_t even = source.quantize ? most / unit * unit : (row + chunks - 1) / chunks;
@@ -236,7 +247,7 @@ Pipeline Communicator::reduce_pipeline(int num_sources, int most_entries, bool p
   const bool wide = plain && most_entries <= (crowded ? 2 : 4);
   pipeline.chunk_bytes = wide ? kWideReduceChunk : kReduceChunk;
   if (tuned_reduce_.chunk_bytes > 0) pipeline.chunk_bytes = tuned_reduce_.chunk_bytes;
-  const std::size_t room = most_shared_bytes_ - align_up(at(num_sources) * 24, 128) - 256;
+  const std::size_t room = most_shared_bytes_ - align_up(at(num_sources) * 40, 128) - 256;
   const std::size_t stage = at(most_entries) * at(pipeline.chunk_bytes) + sizeof(std::uint64_t);
   int most_warps = kWarps;
   if (most_entries == 4 || (crowded && most_entries > 2)) most_warps = most_entries <= 4 ? 12 : 10;
@@ -253,6 +264,20 @@ Pipeline Communicator::reduce_pipeline(int num_sources, int most_entries, bool p
 
 int Communicator::most_blocks(int num_sms) const {
   return std::min(num_sms > 0 ? num_sms : options_.default_sms, num_device_sms_);
+}
+
+bool Communicator::overlaps_stages() const {
+  // A lane for each rank.
+  if (num_ranks() > 32 || tuned_overlap_ < 0) return false;
+  return options_.gpu_each || tuned_overlap_ > 0;
+}
+
+int Communicator::sms_beside(int num_sms, int local_sms, std::size_t bytes, double share) const {
+  // Less is there before the host has launched it all.
+  constexpr std::size_t kLeastBytes = std::size_t{24} << 20;
+  if (bytes < kLeastBytes && tuned_overlap_ <= 0) return 0;
+  const int own = static_cast<int>(share * num_device_sms_ / options_.ranks_on_device) - most_blocks(num_sms);
+  return std::clamp(own, 0, most_blocks(local_sms));
 }
 
 int Communicator::blocks_for(int num_sms, std::int64_t items, int warps) const {

@@ -86,10 +86,11 @@ struct ExpandArguments {
   const DispatchResult* staged;
   Element element;  // of the rows as they arrived
   std::int32_t hidden;
-  bool fresh;  // the fan-out is not known yet
-  std::int32_t* ids;
+  bool fresh;   // the fan-out comes with the rows
+  bool beside;  // on stage_stream(), where `block` may be written, while the dispatch goes on
   std::uint8_t* block;
-  int num_sms;
+  int num_sms;    // of the dispatch
+  int local_sms;  // of this stage
   Streams streams;
 };
 
@@ -105,6 +106,7 @@ struct CombineArguments {
   std::uint8_t* out;
   float* values_out;
   int num_sms;
+  int local_sms;  // of what stays on this GPU
   Streams streams;
 };
 
@@ -168,6 +170,7 @@ struct CommunicatorOptions {
   double timeout_s;
   int default_sms;
   int ranks_on_device;
+  bool gpu_each;  // has every rank, not this one alone
   // Low-latency mode: tokens a rank, 0 without it.
   std::int64_t low_tokens = 0;
   RowLayout low_layout = RowLayout::kExpert;
@@ -184,6 +187,10 @@ class Communicator {
   Communicator& operator=(const Communicator&) = delete;
 
   DispatchResult dispatch(const DispatchArguments& arguments);
+  // Where the second stage of a dispatch of `bytes` of rows runs beside the first one; null: it does not.
+  cudaStream_t stage_stream(int num_sms, int local_sms, std::size_t bytes) const {
+    return expand_sms_beside(num_sms, local_sms, bytes) > 0 ? stage_ : nullptr;
+  }
   // Stage two: the rows of `staged` at the places of their experts. `block` has expanded(...).total bytes.
   void expand(const ExpandArguments& arguments);
   ReceiveBlock expanded(const DispatchResult& staged) const;
@@ -223,12 +230,13 @@ class Communicator {
   RoutingShape routing_shape(std::int64_t num_tokens, std::int64_t topk) const;
   // Most rows that one rank can receive, one a (token, source rank).
   std::int64_t most_received_rows() const { return options_.max_tokens * num_ranks(); }
-  // For measurements and tests: other pipelines than the ones that were found best, and scales gathered (1) wherever
-  // that is possible, or nowhere (-1). 0 leaves a number as it is chosen.
-  void tune(Pipeline send, Pipeline reduce, int gather_scales) {
+  // For measurements and tests: other pipelines than the ones that were found best; scales gathered, and two stages
+  // at the same time, (1) wherever that is possible, or nowhere (-1). 0 leaves a number as it is chosen.
+  void tune(Pipeline send, Pipeline reduce, int gather_scales, int overlap_stages) {
     tuned_send_ = send;
     tuned_reduce_ = reduce;
     tuned_gather_ = gather_scales;
+    tuned_overlap_ = overlap_stages;
   }
 
  private:
@@ -241,6 +249,17 @@ class Communicator {
   // Of a launch on at most `num_sms` SMs, 0: the default; and as many of them as have work.
   int most_blocks(int num_sms) const;
   int blocks_for(int num_sms, std::int64_t items, int warps) const;
+  // Whether ranks tell how far they are in one stage, so that another can run beside it: alike on all ranks. Where some
+  // share a GPU they keep each other from its SMs.
+  bool overlaps_stages() const;
+  // SMs for a stage that stays on this GPU beside one of `num_sms` that does not, on another stream; 0: one after the
+  // other. Only for so many `bytes` of rows that this is worth the host's time, and within `share` of this rank's SMs:
+  // where one stage waits for the other, both must find room.
+  int sms_beside(int num_sms, int local_sms, std::size_t bytes, double share) const;
+  // A dispatch's second stage waits for its first one, which may not have begun: two buffers may do so at a time.
+  int expand_sms_beside(int num_sms, int local_sms, std::size_t bytes) const {
+    return overlaps_stages() ? sms_beside(num_sms, local_sms, bytes, 0.5) : 0;
+  }
   LowRoutingShape low_routing_shape(std::int64_t num_tokens, std::int64_t topk) const;
   int most_low_blocks(int num_sms) const { return std::min(most_blocks(num_sms), kMostLowBlocks); }
   LowSlots low_slots(std::int32_t most_local_experts) const;
@@ -250,7 +269,8 @@ class Communicator {
   void fill_low_group(LowState* state, std::uint64_t* scale_words, const LowSlots& slots);
   void follow_low_home(int index, cudaStream_t stream);
   void upload_rows(void* table, const void* from, std::size_t bytes);
-  Pipeline send_pipeline(const RowSource& source, const RowSizes& sizes, int num_destinations) const;
+  // `crosses`: to other ranks, by at most `num_sms` SMs.
+  Pipeline send_pipeline(const RowSource& source, const RowSizes& sizes, bool crosses, int num_sms) const;
   Pipeline reduce_pipeline(int num_sources, int most_entries, bool plain) const;
   int count_warps(int bins) const;
   // Whether this GPU's ranks use most of its SMs, so that memory is the limit and not what an SM can do.
@@ -304,6 +324,13 @@ class Communicator {
   cudaEvent_t low_home_event_ = nullptr;
   cudaStream_t control_ = nullptr;
   cudaEvent_t behind_ = nullptr;
+  // Where the stage runs that stays on this GPU, beside the other one.
+  cudaStream_t stage_ = nullptr;
+  // A dispatch that tells parts has been launched, its second stage has not; or may be at any time, by a graph.
+  bool expand_owed_ = false;
+  bool captured_parts_ = false;
+  cudaEvent_t stage_start_ = nullptr;
+  cudaEvent_t stage_end_ = nullptr;
   cudaStream_t last_stream_ = nullptr;
   std::uint64_t last_capture_ = 0;
   bool has_run_ = false;
@@ -314,6 +341,7 @@ class Communicator {
   Pipeline tuned_send_{};
   Pipeline tuned_reduce_{};
   int tuned_gather_ = 0;
+  int tuned_overlap_ = 0;
 };
 
 }  // namespace gpu

@@ -151,6 +151,7 @@ __device__ void place_bins(const DispatchParams& params, std::uint64_t sequence,
       for (int i = 0; i < kAtOnce; ++i) {
         const int source = min(first + i, group.num_ranks - 1);
         counts[i] = load_cached_in_l2(counts_of(post_of(group, group.rank, sequence, source)) + bin);
+        if (bin == routes.num_experts + group.rank) params.routing.rows_from[source] = counts[i];
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
@@ -162,6 +163,10 @@ __device__ void place_bins(const DispatchParams& params, std::uint64_t sequence,
     }
     scratch.totals[bin] = total;
     scratch.first[bin] = before + in_blocks_before;
+    if (bin >= routes.num_experts) {
+      params.routing.sent_first[bin - routes.num_experts] = before;
+      params.routing.sent_rows[bin - routes.num_experts] = own;
+    }
     if (tells && bin == routes.num_experts + group.rank) {
       tell(group, params.ticket, Word::kOwnFirst, before);
       tell(group, params.ticket, Word::kOwnRows, own);
@@ -214,6 +219,26 @@ __device__ void place_bins(const DispatchParams& params, std::uint64_t sequence,
     }
   }
   __syncthreads();
+}
+
+// Of two stages: after which tokens a part of this rank's rows has been sent, and how many rows for each rank then.
+// Parts are what blocks have counted, or some blocks together. All threads of one block.
+__device__ void write_parts(const DispatchParams& params, const Routes& routes) {
+  const Group& group = params.group;
+  const RoutingView& routing = params.routing;
+  const int blocks = static_cast<int>(gridDim.x);
+  const int parts = min(blocks, kMostSentParts);
+  if (threadIdx.x == 0) routing.header->num_parts = parts;
+  for (int i = threadIdx.x; i < parts * group.num_ranks; i += blockDim.x) {
+    const int part = i / group.num_ranks;
+    const int rank = i - part * group.num_ranks;
+    const int past = (part + 1) * blocks / parts;
+    const std::size_t bin = static_cast<std::size_t>(past) * routes.bins() + routes.num_experts + rank;
+    routing.part_rows[i] = past < blocks ? load_cached_in_l2(group.block_counts + bin)
+                                         : static_cast<std::int32_t>(load_cached_in_l2(routing.sent_rows + rank));
+    if (rank == 0)
+      routing.part_tokens[part] = static_cast<std::int32_t>(share_of(params.num_tokens, past - 1, blocks).end);
+  }
 }
 
 // Whether every rank's rows fit. All threads; ends with a barrier.
@@ -290,8 +315,12 @@ __device__ void empty_routing(const DispatchParams& params, std::uint64_t sequen
   for (int rank = threadIdx.x; rank < group.num_ranks; rank += blockDim.x) {
     const std::int64_t fixed = post_field(group, sequence, rank, &OperationPost::block_rows);
     routing.rows_at_rank[rank] = fixed < 0 ? 0 : fixed;
+    routing.sent_first[rank] = routing.sent_rows[rank] = routing.rows_from[rank] = 0;
+    routing.part_rows[rank] = 0;
   }
   if (threadIdx.x == 0) {
+    routing.header->num_parts = 1;
+    routing.part_tokens[0] = static_cast<std::int32_t>(params.num_tokens);
     routing.header->id = sequence;
     routing.header->received_rows = 0;
   }
@@ -305,6 +334,11 @@ __device__ void give_up(const DispatchParams& params, std::uint64_t sequence, co
   if (threadIdx.x == 0) group.state->given_up = sequence;
   __syncthreads();
   const bool staged = params.deduplicated && params.layout == RowLayout::kExpert;
+  if (params.tells_parts && blockIdx.x == 0 && threadIdx.x == 0) {
+    // The second stage waits for rows, and learns that there are none.
+    fence_device();
+    store_relaxed_system(flag_of(group, group.rank, Step::kSent, group.rank), progress_flag(sequence, 0));
+  }
   const std::int64_t rows = load_cached_in_l2(params.routing.rows_at_rank + group.rank);
   if (staged || static_cast<std::int64_t>(params.sizes.block(rows).total) > params.block_bytes) return;
   const Destination own = destination_of(group.bases[group.rank] + params.block_offset, params.sizes, rows);
@@ -321,6 +355,11 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_cons
   const Group& group = params.group;
   if (load_relaxed_device(&group.state->failed) != 0) return;
   const std::uint64_t sequence = group.state->sequence + 1;
+  if (params.tells_parts && blockIdx.x == 0 && threadIdx.x == 0) {
+    // Before the host hears of this dispatch, and so before its second stage is launched if that needs sizes.
+    store_relaxed_device(&group.state->sending, sequence);
+    fence_system();
+  }
   if (params.ticket != 0 && blockIdx.x == 0 && threadIdx.x == 0) {
     *reinterpret_cast<volatile std::uint64_t*>(&group.report->started) = params.ticket;
   }
@@ -358,29 +397,33 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_cons
   if (is_fatal(verdict.outcome)) return;
 
   const bool goes_on = verdict.outcome == Outcome::kOk;
+  const bool staged = params.deduplicated && params.layout == RowLayout::kExpert;
   if (goes_on) {
     if (fresh) {
       counts_to_slots(routes.bins(), count_warps, scratch.first, scratch.counters);
+      if (staged && blockIdx.x == 0) write_parts(params, routes);
       assign_slots(routes, span, params.deduplicated, count_warps, scratch.counters, params.routing.ids,
-                   params.routing.entries);
-      arrive_at_blocks(group, mark_of(sequence, Pass::kDispatch));
+                   params.routing.entries, staged ? params.routing.expert_slots : nullptr);
+      arrive_at_blocks(group, mark_of(sequence));
     }
     for (int rank = threadIdx.x; rank < group.num_ranks; rank += blockDim.x) {
       const std::int64_t offset = post_field(group, sequence, rank, &OperationPost::block_offset);
       shared.destinations[rank] = destination_of(group.bases[rank] + offset, params.sizes, shared.rows_at_rank[rank]);
     }
     __syncthreads();
-    const bool staged = params.deduplicated && params.layout == RowLayout::kExpert;
     if (!staged && (group.alignment > 1 || params.max_recv_rows >= 0)) {
       const int local = group.first_of_rank[group.rank + 1] - group.first_of_rank[group.rank];
       clear_padding(shared.destinations[group.rank], params.sizes, params.routing, params.layout, local,
                     group.alignment, shared.rows_at_rank[group.rank]);
     }
-    const SendJob job{params.source,       params.sizes,         params.num_tokens,      params.routing.entries,
-                      params.routing.ids,  group.rank_of_expert, group.local_of_expert,  params.topk,
-                      params.deduplicated, shared.destinations,  &group.state->next_item};
+    SendJob job{params.source,       params.sizes,         params.num_tokens,      params.routing.entries,
+                params.routing.ids,  group.rank_of_expert, group.local_of_expert,  params.topk,
+                params.deduplicated, shared.destinations,  &group.state->next_item};
+    if (staged) job.expert_slots = params.routing.expert_slots;
+    if (params.tells_parts)
+      job.parts = SentParts{&group, params.routing.header, params.routing.part_tokens, params.routing.part_rows};
     // Warps take rows as they come, of other blocks' tokens too.
-    const auto ready = [&] { return !fresh || wait_for_blocks(group, mark_of(sequence, Pass::kDispatch)); };
+    const auto ready = [&] { return !fresh || wait_for_blocks(group, mark_of(sequence)); };
     if (!send_rows<Path>(job, params.pipeline, SendRing{shared.scratch, shared.barriers, shared.scales}, ready)) return;
   } else {
     give_up(params, sequence, span);

@@ -12,14 +12,14 @@ namespace gpu {
 
 // Which ids a pass reads and what they mean.
 struct Routes {
-  const std::int64_t* given;           // ids as the caller has them; read by the first pass only
-  const std::int32_t* rank_of_expert;  // null: all on rank 0
+  const std::int64_t* given;  // ids as the caller has them; read by the first pass only
+  const std::int32_t* rank_of_expert;
   std::int64_t num_tokens;
   std::int32_t topk;
   std::int32_t num_experts;
   std::int32_t num_ranks;
   __device__ int bins() const { return num_experts + num_ranks; }
-  __device__ int rank_of(int expert) const { return rank_of_expert == nullptr ? 0 : rank_of_expert[expert]; }
+  __device__ int rank_of(int expert) const { return rank_of_expert[expert]; }
 };
 
 // A block's share of `count` items.
@@ -175,23 +175,35 @@ __device__ inline void counts_to_slots(int bins, int count_warps, const std::int
   __syncthreads();
 }
 
-// The second pass: the entries of the block's tokens. `ids` are those that the first pass kept. All threads; ends
-// with a barrier.
-__device__ inline void assign_slots(const Routes& routes, const Span& span, bool deduplicated, int count_warps,
-                                    std::int32_t* counters, const std::int32_t* ids, Entry* entries) {
+// A warp's lanes: the next slot of each lane's bin, in the order of lanes; -1 in those that have none.
+__device__ inline std::int32_t take_slots(std::int32_t* counters, bool takes, int bin) {
   const int lane = threadIdx.x & 31;
+  const std::uint32_t key = takes ? static_cast<std::uint32_t>(bin) : 0x80000000u | lane;
+  const std::uint32_t same = __match_any_sync(0xffffffffu, key);
+  const int before = __popc(same & ((1u << lane) - 1));
+  const std::int32_t slot = takes ? counters[bin] + before : -1;
+  __syncwarp();
+  if (takes && before == 0) counters[bin] += __popc(same);
+  __syncwarp();
+  return slot;
+}
+
+// The second pass: the entries of the block's tokens, and with `expert_slots` the places of their rows among those of
+// their experts. `ids` are those that the first pass kept. All threads; ends with a barrier.
+__device__ inline void assign_slots(const Routes& routes, const Span& span, bool deduplicated, int count_warps,
+                                    std::int32_t* counters, const std::int32_t* ids, Entry* entries,
+                                    std::int32_t* expert_slots) {
   std::int32_t* mine = counters + threadIdx.x / 32 * routes.bins();
   for (Steps<std::int32_t> steps(routes, span, count_warps, ids); steps.valid(); steps.advance()) {
+    const std::int64_t index = steps.index();
     const RouteLane route = route_lane(routes, steps.token(), steps.end(), steps.take());
     const bool crosses = deduplicated ? route.first_of_rank : route.expert >= 0;
     const int bin = deduplicated ? routes.num_experts + route.rank : route.expert;
-    const std::uint32_t key = crosses ? static_cast<std::uint32_t>(bin) : 0x80000000u | lane;
-    const std::uint32_t same = __match_any_sync(0xffffffffu, key);
-    const int before = __popc(same & ((1u << lane) - 1));
-    const std::int32_t slot = crosses ? mine[bin] + before : -1;
-    __syncwarp();
-    if (crosses && before == 0) mine[bin] += __popc(same);
-    __syncwarp();
+    const std::int32_t slot = take_slots(mine, crosses, bin);
+    if (expert_slots != nullptr) {
+      const std::int32_t at = take_slots(mine, route.expert >= 0, route.expert);
+      if (route.in_range) expert_slots[index] = at;
+    }
     // Ranks ascending, then positions; lanes that send nothing come last.
     const int order = crosses ? route.rank : 0x7fffffff;
     int place = 0;

@@ -102,7 +102,7 @@ __device__ __noinline__ LowEntry move_up(LowEntry found) {
 }
 
 // See ReduceJob. Routes of ranks that are lost, and those that the caller leaves out, are passed over.
-struct LowJob {
+struct LowJob : InTokenOrder {
   const LowCombineParams& params;
   const std::uint8_t* lost;  // [num_ranks], in shared memory
   std::int64_t num_tokens;
@@ -636,7 +636,7 @@ __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_c
     }
   }
   if (!receives) return;
-  const LowJob job{params, shared.lost(), params.num_tokens, params.topk, params.hidden, shared.rows(), params.out};
+  const LowJob job{{}, params, shared.lost(), params.num_tokens, params.topk, params.hidden, shared.rows(), params.out};
   const LowRoute route = job.fetch(kQuantizes || warp >= params.pipeline.warps ? params.num_tokens : item.token);
   if (!await_rows(params, shared, memory, sequence)) return;
   // All ranks have begun. What comes next finds room where blocks end.

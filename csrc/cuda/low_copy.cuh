@@ -196,7 +196,7 @@ __device__ inline void copy_rows(const LowCombineParams& params, std::uint8_t* t
   for (; item.valid(); item.advance()) {
     copy_chunk<T, kQuantizes>(params, source_of(item), target_of(item), scales_of(item), elements_of(item.chunk()));
   }
-  bulk_wait_written();
+  bulk_wait_written<0>();
   fence_bulk_to_global();
 }
 

@@ -1138,7 +1138,7 @@ __global__ void __launch_bounds__(kThreads, 1) low_dispatch_kernel(const __grid_
   if (by_rank) clear_tail(params, shared, verdict.dropped);
   if (verdict.dropped && threadIdx.x == 0) low.state->gave_up[params.index] = sequence;
   if (low.lets_next_begin) let_next_begin();
-  bulk_wait_written();
+  bulk_wait_written<0>();
   fence_bulk_to_global();
   __syncthreads();
   signal_arrival(group, shared.heaps(), shared.masked(), params.arrivals_offset, sequence,

@@ -235,10 +235,11 @@ __device__ __forceinline__ void bulk_wait_read() {
 #endif
 }
 
-// Until all of this thread's stores have been written.
+// Until all but the last `kPending` of this thread's groups of stores have been written.
+template <int kPending>
 __device__ __forceinline__ void bulk_wait_written() {
 #if defined(MOE_EP_BULK_COPIES)
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 #endif
 }
 

@@ -37,13 +37,14 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
   params.sizes.weight = arguments.has_weights ? bytes32(sizeof(float) * (deduplicated ? at(topk) : 1)) : 0;
   // A reused two-stage handle knows its fan-out; rank-major output wants the ids every time.
   params.sizes.index = layout == RowLayout::kRank || (staged && !reuses) ? bytes32(sizeof(std::int64_t) * at(topk)) : 0;
-  params.pipeline = send_pipeline(params.source, params.sizes, num_ranks());
+  params.pipeline = send_pipeline(params.source, params.sizes, true, arguments.num_sms);
   params.fresh = !reuses;
   params.topk_idx = arguments.topk_idx;
   params.num_tokens = arguments.num_tokens;
   params.topk = static_cast<std::int32_t>(topk);
   params.layout = layout;
   params.deduplicated = deduplicated;
+  params.tells_parts = staged && overlaps_stages();
   params.max_recv_rows = limit;
   params.block_rows = limit < 0 ? -1 : staged ? most_received_rows() : limit;
 
@@ -73,7 +74,7 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
                                       sizeof(RoutingHeader) + 2 * at(num_local_experts_) * sizeof(std::int64_t),
                                       arguments.streams.run));
   }
-  // The first of two stages is read by the second, on the same stream.
+  // The first of two stages is read by the second, which this stream waits for.
   const Streams streams{arguments.streams.run, staged ? arguments.streams.run : arguments.streams.home};
   Room room;
   if (waits) {
@@ -90,6 +91,16 @@ DispatchResult Communicator::dispatch(const DispatchArguments& arguments) {
       arguments.source.hidden * static_cast<std::int64_t>(element_bytes(params.source.element));
   const std::int64_t items = arguments.num_tokens * divided_up(row_bytes, params.pipeline.chunk_bytes);
   const int blocks = blocks_for(arguments.num_sms, items, params.pipeline.warps);
+  if (params.tells_parts) {
+    // What is left of a dispatch whose second stage never came is not to be taken for this one.
+    captured_parts_ = captured_parts_ || capture_of(arguments.streams.run) != 0;
+    if (expand_owed_ || captured_parts_) {
+      MOE_EP_CUDA_CHECK(
+          cudaMemsetAsync(&group_.state->sending, 0, sizeof(group_.state->sending), arguments.streams.run));
+    }
+    MOE_EP_CUDA_CHECK(cudaEventRecord(stage_start_, arguments.streams.run));
+    expand_owed_ = true;
+  }
   for (bool first_try = true;; first_try = false) {
     params.block_offset = room.offset;
     params.block_bytes = room.bytes;
@@ -156,20 +167,29 @@ void Communicator::expand(const ExpandArguments& arguments) {
   params.source.hidden = arguments.hidden;
   params.source.element = arguments.element;
   params.sizes = expanded_sizes(staged);
-  params.pipeline = send_pipeline(params.source, params.sizes, 1);
+  const int local_sms = arguments.beside
+                            ? expand_sms_beside(arguments.num_sms, arguments.local_sms, staged.offsets.total)
+                            : arguments.local_sms;
+  params.pipeline = send_pipeline(params.source, params.sizes, false, local_sms);
   params.routing = routing.view;
   params.fan = routing.fan;
   params.fresh = arguments.fresh;
-  params.local_ids = reinterpret_cast<const std::int64_t*>(staged.data + staged.offsets.indices);
-  params.ids = arguments.ids;
+  params.awaits_parts = arguments.beside;
+  params.slots = reinterpret_cast<const std::int64_t*>(staged.data + staged.offsets.indices);
   params.topk = static_cast<std::int32_t>(routing.topk);
   params.num_local_experts = num_local_experts_;
   params.block = arguments.block;
   params.num_rows = routing.num_rows;
   const std::int64_t items =
       routing.block_rows * divided_up(static_cast<std::int64_t>(staged.sizes.row), params.pipeline.chunk_bytes);
-  const int blocks = blocks_for(arguments.num_sms, items, params.pipeline.warps);
-  MOE_EP_CUDA_CHECK(launch_expand(params, blocks, arguments.streams.run));
+  const int blocks = blocks_for(local_sms, items, params.pipeline.warps);
+  if (arguments.beside) MOE_EP_CUDA_CHECK(cudaStreamWaitEvent(stage_, stage_start_, 0));
+  MOE_EP_CUDA_CHECK(launch_expand(params, blocks, arguments.beside ? stage_ : arguments.streams.run));
+  expand_owed_ = false;
+  if (arguments.beside) {
+    MOE_EP_CUDA_CHECK(cudaEventRecord(stage_end_, stage_));
+    MOE_EP_CUDA_CHECK(cudaStreamWaitEvent(arguments.streams.run, stage_end_, 0));
+  }
   queued(arguments.streams.run);
 }
 
@@ -197,12 +217,21 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
   if (arrays.total > 0) room = find_room(arrays.total, Streams{arguments.streams.run, arguments.streams.run});
   std::uint8_t* block = pool_->base() + room.offset;
   float* values = reinterpret_cast<float*>(block + arrays.indices);
+  const bool tells_parts = reduces_first && overlaps_stages();
+  // Sums wait for nothing. In a graph the order of branches is not ours to say.
+  const int local_sms = sms_beside(arguments.num_sms, arguments.local_sms, shared_rows * row_bytes, 1.0);
+  const bool beside = tells_parts && local_sms > 0 && capture_of(arguments.streams.run) == 0;
+  // About sixteen parts where all tokens come that can; of fewer rows, so many that they are worth telling.
+  std::int32_t part_log2 = 5;
+  while ((std::int64_t{16} << part_log2) < options_.max_tokens) ++part_log2;
   if (room.bytes >= 0 && reduces_first) {
     ReduceParams params{};
-    params.state = group_.state;
-    params.pipeline = reduce_pipeline(1, static_cast<int>(routing.topk), !arguments.has_weights);
+    params.group = group_;
+    params.pipeline = reduce_pipeline(num_ranks(), static_cast<int>(routing.topk), !arguments.has_weights);
+    params.routing = routing.view;
     params.fan = routing.fan;
-    params.received_rows = &routing.view.header->received_rows;
+    params.tells_parts = tells_parts;
+    params.part_log2 = part_log2;
     params.topk = static_cast<std::int32_t>(routing.topk);
     params.hidden = arguments.hidden;
     params.element = arguments.element;
@@ -213,8 +242,15 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
     params.values_out = values;
     const std::int64_t items = static_cast<std::int64_t>(shared_rows) *
                                divided_up(static_cast<std::int64_t>(row_bytes), params.pipeline.chunk_bytes);
-    MOE_EP_CUDA_CHECK(
-        launch_reduce(params, blocks_for(arguments.num_sms, items, params.pipeline.warps), arguments.streams.run));
+    const int blocks = blocks_for(beside ? local_sms : arguments.local_sms, items, params.pipeline.warps);
+    cudaStream_t stream = arguments.streams.run;
+    if (beside) {
+      MOE_EP_CUDA_CHECK(cudaEventRecord(stage_start_, stream));
+      stream = stage_;
+      MOE_EP_CUDA_CHECK(cudaStreamWaitEvent(stream, stage_start_, 0));
+    }
+    MOE_EP_CUDA_CHECK(launch_reduce(params, blocks, stream));
+    if (beside) MOE_EP_CUDA_CHECK(cudaEventRecord(stage_end_, stream));
   } else if (room.bytes >= 0 && shared_rows > 0) {
     if (!in_place) {
       // All but what this rank will read itself: it can where they are.
@@ -249,6 +285,9 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
   params.has_weights = arguments.has_weights;
   params.weights_at_rows = shares_weights;
   params.has_values = arguments.has_values;
+  params.awaits_parts = tells_parts;
+  params.reduces = tells_parts && room.bytes >= 0;
+  params.part_log2 = part_log2;
   params.block_bytes = room.bytes;
   params.own_rows = !in_place && !reduces_first && routing.own_rows > 0 ? arguments.rows : nullptr;
   params.rows_offset = in_place ? offset_of(arguments.rows) : offset_of(block + arrays.rows);
@@ -260,6 +299,7 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
       routing.num_tokens * divided_up(static_cast<std::int64_t>(row_bytes), params.pipeline.chunk_bytes);
   const int blocks = blocks_for(arguments.num_sms, items, params.pipeline.warps);
   MOE_EP_CUDA_CHECK(launch_combine(params, blocks, arguments.streams.run));
+  if (beside && params.reduces) MOE_EP_CUDA_CHECK(cudaStreamWaitEvent(arguments.streams.run, stage_end_, 0));
   queued(arguments.streams.run);
 
   CombineResult result;

@@ -13,9 +13,20 @@
 namespace moe_ep {
 namespace gpu {
 
+// What most jobs have in common: an item is a row of what comes out, nothing is waited for, and nobody waits for it.
+struct InTokenOrder {
+  // All lanes, before the rows of their entries are read.
+  template <class LaneEntry>
+  __device__ void await(const LaneEntry& /* entry */) const {}
+  // Row of `out`; -1: the item is none.
+  __device__ std::int64_t row(const ItemCursor& item) const { return item.token; }
+  // All lanes: of what `warps` warps share, this one has nothing left to do before `next`.
+  __device__ void reached(const ItemCursor& /* next */, int /* warps */) const {}
+};
+
 // What is summed. A job of another kind has its own way to the entry and the weight of a lane (see below), and the same
 // names for what else is used here.
-struct ReduceJob {
+struct ReduceJob : InTokenOrder {
   const Entry* entries;  // [num_tokens, topk]
   std::int64_t num_tokens;
   std::int32_t topk;
@@ -136,6 +147,18 @@ __device__ inline void store_sums(const Job& job, int row_bytes, const Item& ite
   }
 }
 
+struct PlacedItem {
+  std::int64_t token;
+  std::int32_t chunk;
+};
+
+// To the row of an item, if it has one.
+template <class R, class Job>
+__device__ inline void store_item(const Job& job, int row_bytes, const ItemCursor& item, const Sums<R>& sums) {
+  const std::int64_t row = job.row(item);
+  if (row >= 0) store_sums<R>(job, row_bytes, PlacedItem{row, item.chunk}, sums);
+}
+
 // The grid walks tokens in order, so that what is read close in time lies close together.
 template <class R, class Job>
 __device__ inline ItemCursor first_item(const Job& job, int row_bytes, int warps) {
@@ -145,7 +168,7 @@ __device__ inline ItemCursor first_item(const Job& job, int row_bytes, int warps
 }
 
 template <class R, class Job>
-__device__ inline void reduce_rows_bulk(const Job& job, const Pipeline& pipeline, const ReduceRing& ring) {
+__device__ inline void reduce_rows_bulk(Job& job, const Pipeline& pipeline, const ReduceRing& ring) {
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x & 31;
   if (warp >= pipeline.warps) return;
@@ -165,6 +188,7 @@ __device__ inline void reduce_rows_bulk(const Job& job, const Pipeline& pipeline
   using LaneEntry = typename Job::LaneEntry;
   const auto load = [&](const ItemCursor& item, const LaneEntry& entry, int stage) {
     if (!item.valid()) return;
+    job.await(entry);
     const int count = __popc(__ballot_sync(0xffffffffu, entry.rank >= 0));
     const std::uint32_t bytes = static_cast<std::uint32_t>(chunk_bytes<R>(row_bytes, item.chunk));
     if (lane == 0) barrier_arrive_expect(barriers + stage, count * bytes);
@@ -178,6 +202,8 @@ __device__ inline void reduce_rows_bulk(const Job& job, const Pipeline& pipeline
   };
 
   ItemCursor item = first_item<R>(job, row_bytes, pipeline.warps);
+  const int all_warps = static_cast<int>(gridDim.x) * pipeline.warps;
+  job.reached(item, all_warps);
   ItemCursor loading = item;
   LaneEntry to_load = job.entry(loading);
   const auto load_next = [&](int stage) {
@@ -219,10 +245,11 @@ __device__ inline void reduce_rows_bulk(const Job& job, const Pipeline& pipeline
         last_rank = rank;
       }
     }
-    store_sums<R>(job, row_bytes, item, sums);
+    store_item<R>(job, row_bytes, item, sums);
     // All lanes have read the stage: it may be loaded again.
     __syncwarp();
     item.advance();
+    job.reached(item, all_warps);
     entry = soon;
     soon = later;
     weight = next_weight;
@@ -234,15 +261,18 @@ __device__ inline void reduce_rows_bulk(const Job& job, const Pipeline& pipeline
 }
 
 template <class R, class Job>
-__device__ inline void reduce_rows_vector(const Job& job) {
+__device__ inline void reduce_rows_vector(Job& job) {
   constexpr int kUnroll = 4;
   const int lane = threadIdx.x & 31;
   const int row_bytes = job.hidden * R::Element::kBytes;
-  for (ItemCursor item = first_item<R>(job, row_bytes, kWarps); item.valid(); item.advance()) {
+  const int all_warps = static_cast<int>(gridDim.x) * kWarps;
+  ItemCursor item = first_item<R>(job, row_bytes, kWarps);
+  for (job.reached(item, all_warps); item.valid(); job.reached(item, all_warps)) {
     const typename Job::LaneEntry entry = job.entry(item);
     const float weight = weight_of<R>(job, entry);
     const int count = __popc(__ballot_sync(0xffffffffu, entry.rank >= 0));
     const int bytes = chunk_bytes<R>(row_bytes, item.chunk);
+    job.await(entry);
     Sums<R> sums;
     int last_rank = -1;
     for (int first = 0; first < count; first += kUnroll) {
@@ -256,9 +286,10 @@ __device__ inline void reduce_rows_vector(const Job& job) {
           const int at = (v * 32 + lane) * 16;
           held[u][v] = make_uint4(0, 0, 0, 0);
           if (first + u < count && at < bytes) {
-            held[u][v] = load_streaming(
-                reinterpret_cast<const uint4*>(job.rows[rank] + static_cast<std::size_t>(slot) * row_bytes +
-                                               static_cast<std::size_t>(item.chunk) * R::kChunk + at));
+            // Past the L1 cache: the next row may be on its way.
+            held[u][v] =
+                __ldcg(reinterpret_cast<const uint4*>(job.rows[rank] + static_cast<std::size_t>(slot) * row_bytes +
+                                                      static_cast<std::size_t>(item.chunk) * R::kChunk + at));
           }
         }
       }
@@ -280,13 +311,15 @@ __device__ inline void reduce_rows_vector(const Job& job) {
         last_rank = rank;
       }
     }
-    store_sums<R>(job, row_bytes, item, sums);
+    store_item<R>(job, row_bytes, item, sums);
+    __syncwarp();
+    item.advance();
   }
 }
 
 // All threads of a block.
 template <class R, class Job>
-__device__ inline void reduce_rows(const Job& job, const Pipeline& pipeline, const ReduceRing& ring) {
+__device__ inline void reduce_rows(Job& job, const Pipeline& pipeline, const ReduceRing& ring) {
   // Rows are whole vectors on any GPU, so where there are bulk copies they serve all of them.
 #if defined(MOE_EP_BULK_COPIES)
   reduce_rows_bulk<R>(job, pipeline, ring);

@@ -1,12 +1,14 @@
 // Rows to their slots: each is read once and written to every place that wants it, quantised on the way if asked.
 //
 // Bulk path: every warp drives a ring of its own in shared memory. An item is one chunk of one token's row: the copy
-// engine loads it, and stores it once for each entry of the token. Warps never wait for each other.
+// engine loads it, and stores it once for each entry of the token. Warps wait for each other only to tell what has been
+// sent, in two stages.
 #pragma once
 
 #include "cuda/elements.cuh"
 #include "cuda/layout.cuh"
 #include "cuda/memory.cuh"
+#include "cuda/parts.cuh"
 #include "cuda/quantize.cuh"
 #include "cuda/state.h"
 
@@ -20,6 +22,42 @@ __device__ inline Destination destination_of(std::uint8_t* block, const RowSizes
                      reinterpret_cast<std::int64_t*>(block + arrays.indices)};
 }
 
+// Parts of the rows that are told as they have been sent; see RoutingView.
+struct SentParts {
+  const Group* group;  // null: none are told
+  const RoutingHeader* header;
+  const std::int32_t* tokens;
+  const std::int32_t* rows;
+};
+
+// What a warp has told of them.
+class PartsTold {
+ public:
+  // Once tokens have their slots.
+  __device__ explicit PartsTold(const SentParts& parts) : parts_(parts) {
+    if (parts_.group == nullptr) return;
+    num_ = static_cast<int>(load_cached_in_l2(&parts_.header->num_parts));
+    end_ = load_cached_in_l2(parts_.tokens);
+  }
+  // Whether a part is over before `token`.
+  __device__ bool due(std::int64_t token) const { return told_ < num_ && token >= end_; }
+  // All lanes, whose stores of all tokens before `token` have been written.
+  __device__ void tell(std::int64_t token, int warps) {
+    while (due(token)) {
+      const std::int32_t* rows = parts_.rows + told_ * parts_.group->num_ranks;
+      pass_part(*parts_.group, Step::kSent, told_, num_, warps,
+                [&](int rank) { return static_cast<std::uint32_t>(load_cached_in_l2(rows + rank)); });
+      if (++told_ < num_) end_ = load_cached_in_l2(parts_.tokens + told_);
+    }
+  }
+
+ private:
+  SentParts parts_;
+  int num_ = 0;
+  int told_ = 0;
+  std::int32_t end_ = 0;
+};
+
 struct SendJob {
   RowSource source;
   RowSizes sizes;
@@ -30,22 +68,24 @@ struct SendJob {
   const std::int32_t* local_of_expert;  // likewise
   std::int32_t topk;
   bool deduplicated;
-  const Destination* destinations;  // in shared memory
-  std::uint32_t* next_item;         // shared by all blocks; 0 at the start
+  const Destination* destinations;             // in shared memory
+  std::uint32_t* next_item;                    // shared by all blocks; 0 at the start
+  const std::int32_t* expert_slots = nullptr;  // with deduplication: what goes beside a row, not local ids
+  SentParts parts = {};
+
+  // An item's row; -1: it has none. A job of another kind may have to wait for rows, and for what is to become of them.
+  __device__ std::int64_t row(std::int32_t token) const { return token; }
+  __device__ void await(std::int32_t /* token */) const {}
+  // Lane j's entry of a row; rank -1 in the lanes past the last one.
+  __device__ Entry entry(std::int64_t row) const {
+    const int lane = threadIdx.x & 31;
+    return lane < topk ? entries[row * topk + lane] : Entry{-1, -1, -1};
+  }
+  __device__ void keep(std::int64_t /* row */, const Entry& /* entry */) const {}
 };
 
 __device__ inline int scales_per_row(const SendJob& job) {
   return (job.source.hidden + static_cast<int>(kFp8Block) - 1) / static_cast<int>(kFp8Block);
-}
-
-// Lane j's entry of a token; rank -1 in the lanes past the last one.
-__device__ inline Entry entry_of(const Entry* entries, std::int64_t token, int topk) {
-  const int lane = threadIdx.x & 31;
-  Entry entry{};
-  entry.slot = -1;
-  entry.rank = -1;
-  if (lane < topk) entry = entries[token * topk + lane];
-  return entry;
 }
 
 __device__ inline int count_entries(const Entry& entry) { return __popc(__ballot_sync(0xffffffffu, entry.rank >= 0)); }
@@ -60,20 +100,24 @@ __device__ inline void for_each_entry(const SendJob& job, const Entry& entry, in
   }
 }
 
-// Weights, local expert ids and scales that came with the row: a warp, for one token.
+// Weights, local expert ids and scales that came with the row: a warp, for one token. Loads are past the L1 cache: what
+// lies beside a row may arrive later.
 __device__ inline void send_metadata(const SendJob& job, std::int64_t token, const Entry& entry, int count) {
   const int lane = threadIdx.x & 31;
   if (job.sizes.weight + job.sizes.index > 0) {
     if (!job.deduplicated) {
       if (entry.rank >= 0) {
         store_gathered(job.destinations[entry.rank].weights + entry.slot,
-                       job.source.weights[token * job.topk + entry.position]);
+                       load_cached_in_l2(job.source.weights + token * job.topk + entry.position));
       }
     } else {
       const bool there = lane < job.topk;
       const std::int32_t expert = there ? job.ids[token * job.topk + lane] : -1;
       const int expert_rank = expert >= 0 ? job.rank_of_expert[expert] : -1;
-      const std::int64_t local = expert >= 0 ? job.local_of_expert[expert] : -1;
+      std::int64_t local = -1;
+      if (expert >= 0) {
+        local = job.expert_slots != nullptr ? job.expert_slots[token * job.topk + lane] : job.local_of_expert[expert];
+      }
       const float weight = there && job.sizes.weight > 0 ? job.source.weights[token * job.topk + lane] : 0.0f;
       for_each_entry(job, entry, count, [&](const Destination& to, std::size_t slot, int rank) {
         if (!there) return;
@@ -87,7 +131,8 @@ __device__ inline void send_metadata(const SendJob& job, std::int64_t token, con
     const int scales = scales_per_row(job);
     const float* from = job.source.scales + token * scales;
     for_each_entry(job, entry, count, [&](const Destination& to, std::size_t slot, int) {
-      for (int i = lane; i < scales; i += 32) store_gathered(to.scales + slot * scales + i, from[i]);
+      for (int i = lane; i < scales; i += 32)
+        store_gathered(to.scales + slot * scales + i, load_cached_in_l2(from + i));
     });
   }
 }
@@ -149,6 +194,7 @@ struct SendItem {
   std::int32_t token;
   std::int32_t chunk;
   bool valid;
+  std::int64_t row;  // -1: none
 };
 
 // Items in the order of tokens, handed to whichever warp of whichever block is free: no warp waits at the end for one
@@ -172,7 +218,8 @@ class SendQueue {
     const std::uint32_t item = item_;
     ++item_;
     --left_;
-    return SendItem{static_cast<std::int32_t>(item / chunks_), static_cast<std::int32_t>(item % chunks_), item < end_};
+    return SendItem{static_cast<std::int32_t>(item / chunks_), static_cast<std::int32_t>(item % chunks_), item < end_,
+                    -1};
   }
 
  private:
@@ -193,9 +240,8 @@ class SendQueue {
 };
 
 // See send_rows.
-template <class Path, class Ready>
-__device__ inline bool send_rows_bulk(const SendJob& job, const Pipeline& pipeline, const SendRing& ring,
-                                      Ready&& ready) {
+template <class Path, class Job, class Ready>
+__device__ inline bool send_rows_bulk(Job& job, const Pipeline& pipeline, const SendRing& ring, Ready&& ready) {
   constexpr int kStages = send_stages(Path::kQuantizes);
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x & 31;
@@ -212,28 +258,40 @@ __device__ inline bool send_rows_bulk(const SendJob& job, const Pipeline& pipeli
     const int left = job.source.hidden - chunk * chunk_elements;
     return left < chunk_elements ? left : chunk_elements;
   };
+  // One lane.
   const auto load = [&](const SendItem& item, int stage) {
-    const std::uint32_t bytes = static_cast<std::uint32_t>(elements_of(item.chunk) * element);
+    const std::uint32_t bytes = item.row >= 0 ? static_cast<std::uint32_t>(elements_of(item.chunk) * element) : 0;
     barrier_arrive_expect(barriers + stage, bytes);
-    bulk_load(
-        stages + stage * pipeline.chunk_bytes,
-        job.source.rows + item.token * source_row + static_cast<std::size_t>(item.chunk) * chunk_elements * element,
-        bytes, barriers + stage);
+    if (bytes == 0) return;
+    bulk_load(stages + stage * pipeline.chunk_bytes,
+              job.source.rows + static_cast<std::size_t>(item.row) * source_row +
+                  static_cast<std::size_t>(item.chunk) * chunk_elements * element,
+              bytes, barriers + stage);
   };
   const auto fetch = [&](const SendItem& item) {
-    return item.valid ? entry_of(job.entries, item.token, job.topk) : Entry{-1, -1, -1};
+    return item.valid && item.row >= 0 ? job.entry(item.row) : Entry{-1, -1, -1};
   };
 
   // This item is in flight; the next one is loaded while it is sent; the one after that is being taken.
   SendQueue queue(job.next_item, job.num_tokens, chunks, pipeline.chunk_bytes, warp < pipeline.warps);
-  SendItem item = queue.take();
-  SendItem following = queue.take();
-  if (lane == 0 && item.valid) load(item, 0);
+  const auto take = [&] {
+    SendItem item = queue.take();
+    if (item.valid) item.row = job.row(item.token);
+    return item;
+  };
+  SendItem item = take();
+  SendItem following = take();
+  if (item.valid) {
+    job.await(item.token);
+    if (lane == 0) load(item, 0);
+  }
   if (!ready()) {
     // Shared memory is not to be left before what is on the way to it.
     if (item.valid) barrier_wait(barriers, 0);
     return false;
   }
+  PartsTold told(job.parts);
+  const int all_warps = static_cast<int>(gridDim.x) * pipeline.warps;
   Entry next = fetch(item);
   int stage = 0;
   std::uint32_t parity = 0;
@@ -241,6 +299,7 @@ __device__ inline bool send_rows_bulk(const SendJob& job, const Pipeline& pipeli
     const SendItem now = item;
     const Entry entry = next;
     const int next_stage = stage + 1 < kStages ? stage + 1 : 0;
+    if (following.valid) job.await(following.token);
     next = fetch(following);
     if (following.valid) {
       // What was sent from that stage has left it; with more than two stages, what was sent last need not have.
@@ -249,7 +308,7 @@ __device__ inline bool send_rows_bulk(const SendJob& job, const Pipeline& pipeli
       if (lane == 0) load(following, next_stage);
     }
     item = following;
-    following = queue.take();
+    following = take();
     const int elements = elements_of(now.chunk);
     const int count = count_entries(entry);
     std::uint8_t* data = stages + stage * pipeline.chunk_bytes;
@@ -274,12 +333,22 @@ __device__ inline bool send_rows_bulk(const SendJob& job, const Pipeline& pipeli
       });
       __syncwarp();
     }
-    if (now.chunk == 0) send_metadata(job, now.token, entry, count);
+    if (now.chunk == 0 && now.row >= 0) {
+      job.keep(now.row, entry);
+      send_metadata(job, now.row, entry, count);
+    }
+    if (told.due(now.token)) {
+      // All but what this item has just stored.
+      bulk_wait_written<1>();
+      fence_bulk_to_global();
+      told.tell(now.token, all_warps);
+    }
     parity ^= next_stage == 0 ? 1 : 0;
     stage = next_stage;
   }
-  bulk_wait_written();
+  bulk_wait_written<0>();
   fence_bulk_to_global();
+  if (warp < pipeline.warps) told.tell(job.num_tokens, all_warps);
   return true;
 }
 
@@ -295,7 +364,7 @@ __device__ inline void copy_row(const SendJob& job, std::int64_t token, const En
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int word = base + 32 * u + lane;
-      if (word < words) held[u] = from[word];
+      if (word < words) held[u] = __ldcg(from + word);
     }
     for_each_entry(job, entry, count, [&](const Destination& to, std::size_t slot, int) {
       auto* at = reinterpret_cast<Word*>(to.rows + slot * job.sizes.row);
@@ -328,27 +397,36 @@ __device__ inline void quantize_row(const SendJob& job, std::int64_t token, cons
   }
 }
 
-__device__ inline void send_rows_vector(const SendJob& job) {
-  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  for (std::int64_t token = first; token < job.num_tokens; token += static_cast<std::int64_t>(gridDim.x) * kWarps) {
-    const Entry entry = entry_of(job.entries, token, job.topk);
+template <class Job>
+__device__ inline void send_rows_vector(Job& job) {
+  PartsTold told(job.parts);
+  const int all_warps = static_cast<int>(gridDim.x) * kWarps;
+  const auto first = static_cast<std::int32_t>(blockIdx.x * kWarps + threadIdx.x / 32);
+  for (std::int32_t token = first; token < job.num_tokens; token += all_warps) {
+    told.tell(token, all_warps);
+    const std::int64_t row = job.row(token);
+    if (row < 0) continue;
+    job.await(token);
+    const Entry entry = job.entry(row);
+    job.keep(row, entry);
     const int count = count_entries(entry);
     if (count == 0) continue;
     if (job.source.quantize) {
-      visit_element(job.source.element, [&](auto tag) { quantize_row<decltype(tag)>(job, token, entry, count); });
+      visit_element(job.source.element, [&](auto tag) { quantize_row<decltype(tag)>(job, row, entry, count); });
     } else if (job.sizes.row % 16 == 0) {
-      copy_row<uint4>(job, token, entry, count);
+      copy_row<uint4>(job, row, entry, count);
     } else {
-      copy_row<std::uint32_t>(job, token, entry, count);
+      copy_row<std::uint32_t>(job, row, entry, count);
     }
-    send_metadata(job, token, entry, count);
+    send_metadata(job, row, entry, count);
   }
+  told.tell(job.num_tokens, all_warps);
 }
 
 // All threads of a block. Calls `ready`, all of them, before entries are read; false where it does not come true. What
 // the calling thread stored has been written when it returns.
-template <class Path, class Ready>
-__device__ inline bool send_rows(const SendJob& job, const Pipeline& pipeline, const SendRing& ring, Ready&& ready) {
+template <class Path, class Job, class Ready>
+__device__ inline bool send_rows(Job& job, const Pipeline& pipeline, const SendRing& ring, Ready&& ready) {
   if constexpr (Path::kBulk) {
 #if defined(MOE_EP_BULK_COPIES)
     const int barriers = pipeline.warps * send_stages(Path::kQuantizes);

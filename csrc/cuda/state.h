@@ -86,15 +86,25 @@ struct Entry {
   std::int16_t position;  // -1 where the row stands for all of the token's experts there
 };
 
+// In two stages rows are sent in parts, and go to their experts' places as they arrive; they are summed in parts as
+// well, and cross back as sums are made. So one stage goes on while the other has begun.
+constexpr int kMostParts = 32;
+constexpr int kMostSentParts = 8;  // each is waited for by the warps that have sent it
+static_assert(kMostSentParts <= kMostParts, "their counters have room");
+
 // Device memory of this rank alone, kept between operations.
 struct DeviceState {
-  std::uint64_t sequence;   // operations done
-  std::uint32_t failed;     // an operation ended fatally: later ones do nothing
-  std::uint32_t blocks[2];  // counters of blocks that wrap to 0 by themselves
-  std::uint32_t passed;     // mark of the last barrier that all blocks have come to
-  std::uint64_t bad_route;  // smallest flat index in topk_idx of an id out of range; kNoBadRoute
-  std::uint32_t next_item;  // of the rows to send, taken by warps in turn
-  std::uint64_t given_up;   // sequence number of the last dispatch that all ranks gave up
+  std::uint64_t sequence;                // operations done
+  std::uint32_t failed;                  // an operation ended fatally: later ones do nothing
+  std::uint32_t blocks[3];               // counters of blocks that wrap to 0 by themselves
+  std::uint32_t passed;                  // mark of the last barrier that all blocks have come to
+  std::uint64_t bad_route;               // smallest flat index in topk_idx of an id out of range; kNoBadRoute
+  std::uint32_t next_item;               // of the rows to send, taken by warps in turn
+  std::uint32_t next_place;              // of the rows that go to their experts' places, likewise
+  std::uint64_t sending;                 // sequence number of the dispatch whose second stage has not ended; 0: none
+  std::uint64_t given_up;                // sequence number of the last dispatch that all ranks gave up
+  std::uint32_t warps_past[kMostParts];  // that have done all they have of a part; 0 again in the end
+  std::uint32_t parts_told;              // to all ranks; likewise
 };
 
 constexpr std::uint64_t kNoBadRoute = ~0ull;
@@ -103,6 +113,7 @@ constexpr std::uint64_t kNoBadRoute = ~0ull;
 struct RoutingHeader {
   std::uint64_t id;            // sequence number of the dispatch that made it
   std::int64_t received_rows;  // rows of this rank's block that carry a token
+  std::int64_t num_parts;      // in which rows are sent, in two stages
 };
 
 struct RoutingShape {
@@ -118,14 +129,22 @@ struct RoutingView {
   std::int64_t* returned_rows;  // [num_local_experts] rows returned: with padding in layout expert
   std::int64_t* local_first;    // [num_local_experts] first row in layout expert
   std::int64_t* rows_at_rank;   // [num_ranks] rows of every rank's block
+  std::int64_t* sent_first;     // [num_ranks] one row a (token, rank): where this rank's rows begin in that block,
+  std::int64_t* sent_rows;      // [num_ranks] how many they are,
+  std::int64_t* rows_from;      // [num_ranks] and how many rows of this rank's block came from each rank
   Entry* entries;               // [num_tokens, topk]
   std::int32_t* ids;            // [num_tokens, topk]
+  std::int32_t* expert_slots;   // [num_tokens, topk] two stages: places of rows where their expert's are; -1: none
+  std::int32_t* part_tokens;    // [kMostSentParts] two stages: the token after the last one of a part
+  std::int32_t* part_rows;      // [kMostSentParts, num_ranks] rows for each rank up to there
 
   MOE_EP_HOST_DEVICE static std::size_t entries_offset(const RoutingShape& shape) {
-    return align_up(sizeof(RoutingHeader) + (3 * shape.num_local_experts + shape.num_ranks) * sizeof(std::int64_t), 16);
+    return align_up(sizeof(RoutingHeader) + (3 * shape.num_local_experts + 4 * shape.num_ranks) * sizeof(std::int64_t),
+                    16);
   }
   MOE_EP_HOST_DEVICE static std::size_t bytes(const RoutingShape& shape) {
-    return entries_offset(shape) + shape.num_tokens * shape.topk * (sizeof(Entry) + sizeof(std::int32_t));
+    return entries_offset(shape) + shape.num_tokens * shape.topk * (sizeof(Entry) + 2 * sizeof(std::int32_t)) +
+           kMostSentParts * (1 + shape.num_ranks) * sizeof(std::int32_t);
   }
   MOE_EP_HOST_DEVICE static RoutingView at(void* memory, const RoutingShape& shape) {
     auto* base = static_cast<std::uint8_t*>(memory);
@@ -135,8 +154,14 @@ struct RoutingView {
     view.returned_rows = view.local_rows + shape.num_local_experts;
     view.local_first = view.returned_rows + shape.num_local_experts;
     view.rows_at_rank = view.local_first + shape.num_local_experts;
+    view.sent_first = view.rows_at_rank + shape.num_ranks;
+    view.sent_rows = view.sent_first + shape.num_ranks;
+    view.rows_from = view.sent_rows + shape.num_ranks;
     view.entries = reinterpret_cast<Entry*>(base + entries_offset(shape));
     view.ids = reinterpret_cast<std::int32_t*>(view.entries + shape.num_tokens * shape.topk);
+    view.expert_slots = view.ids + shape.num_tokens * shape.topk;
+    view.part_tokens = view.expert_slots + shape.num_tokens * shape.topk;
+    view.part_rows = view.part_tokens + kMostSentParts;
     return view;
   }
 };
@@ -222,6 +247,7 @@ struct DispatchParams {
   std::int32_t topk;
   RowLayout layout;
   bool deduplicated;           // one row a (token, rank)
+  bool tells_parts;            // to the second stage, which runs at the same time
   std::int64_t max_recv_rows;  // of the rows returned; -1: exact
   std::int64_t block_rows;     // that this rank's block is laid out for; -1: as many as come
   std::int64_t block_offset;   // of this rank's receive block in its heap
@@ -232,14 +258,14 @@ struct DispatchParams {
 // The second stage: expert-major rows from the rank-major rows of this rank's block.
 struct ExpandParams {
   Group group;
-  RowSource source;  // the rows as they arrived; weights [received rows, topk]
+  RowSource source;  // the rows as they arrive; weights [received rows, topk]
   RowSizes sizes;    // of the rows returned
   Pipeline pipeline;
   RoutingView routing;
-  Entry* fan;                     // [received rows, topk]: slots of the rows returned; every rank in it is 0
-  bool fresh;                     // the fan-out is to be found; otherwise it is reused
-  const std::int64_t* local_ids;  // [received rows, topk] as they arrived
-  std::int32_t* ids;              // [received rows, topk] workspace
+  Entry* fan;                 // [received rows, topk]: slots of the rows returned; every rank in it is 0
+  bool fresh;                 // the fan-out comes with the rows; otherwise it is reused
+  bool awaits_parts;          // the rows are on their way
+  const std::int64_t* slots;  // [received rows, topk] as they arrive; -1: none
   std::int32_t topk;
   std::int32_t num_local_experts;
   std::uint8_t* block;
@@ -260,6 +286,9 @@ struct CombineParams {
   bool has_weights;
   bool weights_at_rows;  // read from the rows' ranks; otherwise they are applied already
   bool has_values;
+  bool awaits_parts;             // rows are being summed by reductions at the same time
+  bool reduces;                  // this rank's has been launched
+  std::int32_t part_log2;        // rows from a rank in a part
   const std::uint8_t* own_rows;  // where this rank reads its own, if not in its heap
   std::int64_t rows_offset;      // in this rank's heap; -1 in `block_bytes`: no room
   std::int64_t weights_offset;
@@ -271,10 +300,12 @@ struct CombineParams {
 
 // Weighted sums of each received row's experts, before they cross back: stage two in reverse.
 struct ReduceParams {
-  DeviceState* state;
+  Group group;
   Pipeline pipeline;
+  RoutingView routing;
   const Entry* fan;
-  const std::int64_t* received_rows;
+  bool tells_parts;        // to the combine that runs at the same time
+  std::int32_t part_log2;  // rows from a rank in a part
   std::int32_t topk;
   std::int32_t hidden;
   Element element;

@@ -61,8 +61,9 @@ __device__ inline void record_failure(const Group& group, Outcome outcome, Opera
   fence_system();
 }
 
-// Waits until `source` has signalled `step` for `sequence` or a later one, and acquires its writes. False: the wait
-// was given up, by this thread or another one, and the failure is recorded.
+// Waits until `source` has signalled `step` for `sequence` (of steps that tell how much is done, a progress_flag()) or
+// a later one, and acquires its writes. False: the wait was given up, by this thread or another one, and the failure is
+// recorded.
 __device__ inline bool wait_for(const Group& group, Step step, int source, std::uint64_t sequence,
                                 Operation operation) {
   const std::uint64_t* flag = flag_of(group, group.rank, step, source);
@@ -84,9 +85,11 @@ __device__ inline bool wait_for(const Group& group, Step step, int source, std::
     if (outcome == Outcome::kOk) continue;
     // A peer may have done its part and left right after: look at the flag again before blaming it.
     if (load_acquire_system(flag) >= sequence) return true;
+    const int beside = step == Step::kReduced || step == Step::kSent ? kProgressBits : 0;
     const std::int64_t values[kReportValues] = {source, static_cast<std::int64_t>(step),
-                                                static_cast<std::int64_t>(seen), static_cast<std::int64_t>(left)};
-    record_failure(group, outcome, operation, sequence, values);
+                                                static_cast<std::int64_t>(seen >> beside),
+                                                static_cast<std::int64_t>(left)};
+    record_failure(group, outcome, operation, sequence >> beside, values);
     return false;
   }
 }
@@ -160,11 +163,8 @@ __device__ inline bool wait_for_blocks(const Group& group, std::uint32_t mark) {
   return __syncthreads_and(ok) != 0;
 }
 
-// Barriers of one operation: the dispatch itself, then its second stage.
-enum class Pass : std::uint32_t { kDispatch = 1, kExpand = 2, kSend = 3 };
-__device__ inline std::uint32_t mark_of(std::uint64_t sequence, Pass pass) {
-  return static_cast<std::uint32_t>(sequence) * 4 + static_cast<std::uint32_t>(pass);
-}
+// Of the one barrier of a dispatch.
+__device__ inline std::uint32_t mark_of(std::uint64_t sequence) { return static_cast<std::uint32_t>(sequence) + 1; }
 
 }  // namespace gpu
 }  // namespace moe_ep

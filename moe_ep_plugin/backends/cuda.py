@@ -18,7 +18,7 @@ from ..share_gpu import pipe_directory
 from ..types import CombineOutput, DispatchOutput
 from ..wire import FP8_DTYPE, num_scales
 from .base import BackendContext, CombineRequest, DispatchRequest
-from .cuda_choices import LINK_SHARE, check_sms, default_num_sms, direct_moves_fewer_bytes
+from .cuda_choices import LINK_SHARE, check_sms, default_local_sms, default_num_sms, direct_moves_fewer_bytes
 from .cuda_low_latency import CudaLowLatency
 from .gpu_tensors import CurrentStream, GpuEvent, aligned, array, from_bytes
 from .heap import ELEMENT_CODES, LAYOUT_CODES, HeapBackend, address_of, machine_id, made_by_all, on_one_machine
@@ -67,6 +67,7 @@ class CudaBackend(CudaLowLatency, HeapBackend):
         self._ranks_on_device = ranks_on_device
         self._device_sms = module.num_sms_of(device.index)
         self.most_sms = self._device_sms // ranks_on_device
+        self._default_local_sms = default_local_sms(context.config.num_sms, self._device_sms, ranks_on_device)
         self._in_flight: deque[tuple[GpuEvent, tuple[Any, ...]]] = deque()
 
     @classmethod
@@ -107,6 +108,7 @@ class CudaBackend(CudaLowLatency, HeapBackend):
                     "device": module.device_uuid(device.index),
                     "device_sms": module.num_sms_of(device.index),
                     "num_sms": config.num_sms,
+                    "local_sms": config.local_sms,
                     "heap": heap.ipc_handle().hex() if context.num_ranks > 1 else "",
                 }
         except Exception as error:  # Whatever it is, the other ranks must hear of it.
@@ -114,7 +116,8 @@ class CudaBackend(CudaLowLatency, HeapBackend):
         everyone = on_one_machine(context, cls.name, mine)
         devices = [m["device"] for m in everyone]
         for m in everyone:
-            check_sms(m["num_sms"], m["device_sms"], devices.count(m["device"]))
+            for name in ("num_sms", "local_sms"):
+                check_sms(m[name], m["device_sms"], devices.count(m["device"]), name)
         sharing = devices.count(mine["device"])
         link_share = LINK_SHARE if len(set(devices)) > 1 else 1.0
         two_stage = config.expand == "two_stage" or (
@@ -134,6 +137,7 @@ class CudaBackend(CudaLowLatency, HeapBackend):
                     timeout_s=float(config.timeout_s),
                     default_sms=config.num_sms or default_num_sms(mine["device_sms"], sharing),
                     ranks_on_device=sharing,
+                    gpu_each=len(set(devices)) == context.num_ranks,
                     low_tokens=config.low_latency_tokens_per_rank or 0,
                     low_layout=LAYOUT_CODES[config.low_latency_layout],
                     mask_on_timeout=config.mask_on_timeout,
@@ -240,6 +244,7 @@ class CudaBackend(CudaLowLatency, HeapBackend):
             out=out.data_ptr(),
             values_out=address_of(values) or 0,
             num_sms=self._sms(request.num_sms),
+            local_sms=self._local_sms(request.num_sms),
             stream=run.cuda_stream,
             home=home.cuda_stream,
         )
@@ -278,6 +283,10 @@ class CudaBackend(CudaLowLatency, HeapBackend):
             return 0
         check_sms(asked, self._device_sms, self._ranks_on_device)
         return asked
+
+    def _local_sms(self, asked: int | None) -> int:
+        """SMs of what stays on the GPU, in a call that asks for ``asked`` SMs."""
+        return self._c.config.local_sms or self._sms(asked) or self._default_local_sms
 
     def _streams(
         self, request: DispatchRequest | CombineRequest, copied: bool, inputs: tuple[torch.Tensor | None, ...]
@@ -374,7 +383,11 @@ class CudaBackend(CudaLowLatency, HeapBackend):
     ) -> Any:
         """Stage two: the block of the rows returned, a lease or bytes."""
         communicator = self._connected()
-        lease = communicator.lease(max(1, total), stream=run.cuda_stream, home=home.cuda_stream)
+        # While the dispatch goes on, if that is possible; a lease of another stream is none of a capture's.
+        num_sms, local_sms, stage = self._sms(request.num_sms), self._local_sms(request.num_sms), 0
+        if result.data != 0 and not torch.cuda.is_current_stream_capturing():
+            stage = communicator.stage_stream(num_sms=num_sms, local_sms=local_sms, bytes=result.offsets[-1])
+        lease = communicator.lease(max(1, total), stream=stage or run.cuda_stream, home=home.cuda_stream)
         if lease is None:
             self._note_copy_out()
             block: Any = self._bytes(total, run, home)
@@ -384,16 +397,15 @@ class CudaBackend(CudaLowLatency, HeapBackend):
             with torch.cuda.stream(run):
                 array(block, 0, torch.uint8, (total,)).zero_()
             return block
-        fresh = request.handle is None
-        ids = self._bytes(state.fan.numel() // 2 if fresh else 1, run, home)  # type: ignore[union-attr]
         communicator.expand(
             staged=result,
             element=ELEMENT_CODES[FP8_DTYPE if has_scale else request.x.dtype],
             hidden=self._c.config.hidden,
-            fresh=fresh,
-            ids=ids.data_ptr(),
+            fresh=request.handle is None,
+            beside=stage != 0 and lease is not None,
             block=block.data_ptr() if isinstance(block, torch.Tensor) else block.data,
-            num_sms=self._sms(request.num_sms),
+            num_sms=num_sms,
+            local_sms=local_sms,
             stream=run.cuda_stream,
         )
         return block

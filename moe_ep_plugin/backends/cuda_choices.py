@@ -7,8 +7,15 @@ from ..errors import ConfigError
 # More SMs than this gain little: with 2 ranks on an H200, 24 of the 64 that each could have do a dispatch or a combine
 # at 89 % of their speed (docs/performance.md).
 _MOST_USEFUL_SMS = 24
+# Of what stays in a GPU's memory: with 64 of 132 SMs on an H100, sums of rows run at three quarters of their speed.
+_MOST_USEFUL_LOCAL_SMS = 64
 # NVLink over HBM, each way: 450 GB/s of 4.2 TB/s on an H200. PCIe makes two stages pay the more.
 LINK_SHARE = 0.107
+
+
+def default_local_sms(num_sms: int | None, device_sms: int, ranks_on_device: int) -> int:
+    """SMs of kernels that stay on a GPU: as many as others where those are asked for, else what keeps memory busy."""
+    return num_sms or max(1, min(_MOST_USEFUL_LOCAL_SMS, device_sms // ranks_on_device))
 
 
 def default_num_sms(device_sms: int, ranks_on_device: int) -> int:
@@ -35,7 +42,7 @@ def direct_moves_fewer_bytes(num_ranks: int, num_topk: int, link_share: float) -
     return direct <= two_stage
 
 
-def check_sms(num_sms: int | None, device_sms: int, ranks_on_device: int) -> None:
+def check_sms(num_sms: int | None, device_sms: int, ranks_on_device: int, name: str = "num_sms") -> None:
     """Ranks on one GPU wait for each other, so all their blocks must find room on it at the same time.
 
     Under ``CUDA_MPS_ACTIVE_THREAD_PERCENTAGE`` a process sees its share of the SMs alone, and that is what counts:
@@ -44,7 +51,7 @@ def check_sms(num_sms: int | None, device_sms: int, ranks_on_device: int) -> Non
     """
     if num_sms is not None and num_sms * ranks_on_device > device_sms:
         raise ConfigError.of(
-            "num_sms",
+            name,
             num_sms,
             f"{ranks_on_device} ranks share a GPU of {device_sms} SMs",
             f"use at most {device_sms // ranks_on_device}",

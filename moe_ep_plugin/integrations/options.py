@@ -19,6 +19,7 @@ class BufferOptions:
         expand: How expert-major rows are made.
         host_threads: Copy threads a rank uses on the host backend.
         num_sms: SMs that communication kernels may use; no effect on the CPU backends.
+        local_sms: SMs of kernels that stay on a GPU; see :class:`EpConfig`.
         pool_bytes: Most bytes for leased rows.
         shm_dir: Directory of a tmpfs that the host backend takes memory from.
         timeout_s: Longest wait for a peer, in seconds. The default is long because one rank may write a checkpoint
@@ -35,6 +36,7 @@ class BufferOptions:
     expand: Expand = "auto"
     host_threads: int | None = field(default=None, metadata={"help": "copy threads per rank, host backend"})
     num_sms: int | None = field(default=None, metadata={"help": "SMs for communication kernels, GPU only"})
+    local_sms: int | None = field(default=None, metadata={"help": "SMs for kernels that stay on a GPU, GPU only"})
     pool_bytes: int | None = field(default=None, metadata={"help": "most bytes for leased rows"})
     shm_dir: str = field(default="/dev/shm", metadata={"help": "directory of a tmpfs, host backend"})
     timeout_s: float = field(default=600.0, metadata={"help": "longest wait for a peer, seconds"})

@@ -136,6 +136,7 @@ class Session(Generic[OptionsT]):
             expand=options.expand,
             host_threads=options.host_threads,
             num_sms=options.num_sms,
+            local_sms=options.local_sms,
             pool_bytes=options.pool_bytes,
             shm_dir=options.shm_dir,
             timeout_s=options.timeout_s,

@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from moe_ep_plugin import BackendUnavailable, ConfigError, EpBuffer, EpConfig
-from moe_ep_plugin.backends.cuda_choices import check_sms, default_num_sms, direct_moves_fewer_bytes
+from moe_ep_plugin.backends.cuda_choices import (
+    check_sms,
+    default_local_sms,
+    default_num_sms,
+    direct_moves_fewer_bytes,
+)
 
 
 @pytest.mark.parametrize(
@@ -23,6 +28,16 @@ def test_more_sms_than_the_sharers_have_are_refused() -> None:
     check_sms(None, 132, 8)
     with pytest.raises(ConfigError, match=r"num_sms is 17, but 8 ranks share a GPU of 132 SMs; use at most 16"):
         check_sms(17, 132, 8)
+    with pytest.raises(ConfigError, match="local_sms is 133, but 1 ranks share"):
+        check_sms(133, 132, 1, "local_sms")
+
+
+@pytest.mark.parametrize(
+    ("num_sms", "device_sms", "ranks", "expected"),
+    [(None, 132, 1, 64), (None, 132, 4, 33), (None, 40, 1, 40), (None, 4, 8, 1), (12, 132, 1, 12)],
+)
+def test_what_stays_on_a_gpu_has_more_sms(num_sms: int | None, device_sms: int, ranks: int, expected: int) -> None:
+    assert default_local_sms(num_sms, device_sms, ranks) == expected
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8, 64])

@@ -86,6 +86,9 @@ class Compiled:
     def expand(self, **arguments: Any) -> None:
         self.calls.append(("expand", arguments))
 
+    def stage_stream(self, *, num_sms: int, local_sms: int, bytes: int) -> int:
+        return 77 if local_sms > 8 and bytes == self.result.offsets[-1] else 0
+
     def expanded_offsets(self, staged: Any) -> tuple[int, ...]:
         return self.result.offsets
 
@@ -239,12 +242,15 @@ def test_two_stages_expand_into_a_block_of_their_own(make: Any, compiled: Compil
     x, idx, weights = inputs()
     with make(two_stage=True) as buffer:
         first = buffer.dispatch(x, idx, weights)
-        buffer.dispatch(x, handle=first.handle)
+        buffer.dispatch(x, handle=first.handle, num_sms=8)
     names = [name for name, _ in compiled.calls]
     assert names == ["dispatch", "set_fan", "expand", "dispatch", "expand"]
     expands = [passed for name, passed in compiled.calls if name == "expand"]
     assert [passed["fresh"] for passed in expands] == [True, False]
     assert expands[0]["block"] == compiled.heap.data_ptr()
+    # Beside the dispatch, with its own number of SMs, where there are enough.
+    sms = [(passed["num_sms"], passed["local_sms"], passed["beside"]) for passed in expands]
+    assert sms == [(0, 16, True), (8, 8, False)]
     assert compiled.calls[1][1]["address"] == first.handle.state.fan.data_ptr()
     assert compiled.calls[3][1]["routing"] is compiled.result.routing
 

@@ -69,6 +69,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--calls", type=int, help="calls a batch")
     parser.add_argument("--batches", type=int, help="batches")
     parser.add_argument("--heaps-gb", type=float, default=60.0, help="most of the heaps on a GPU, in 10^9 bytes")
+    parser.add_argument("--local-sms", type=int, help="SMs of kernels that stay on a GPU (default: as many as others)")
     parser.add_argument("--settle-s", type=float, default=1.0, help="pause after a buffer is made")
     parser.add_argument("--timeout-s", type=float, default=15.0, help="longest wait for a peer")
     for name in ("hidden", "topk", "experts"):

@@ -68,7 +68,7 @@ share=("$python" -m moe_ep_plugin.share_gpu)
 echo "$ranks ranks on $gpus GPUs; at $SECONDS s"
 
 check=(tests/gpu/multi_gpu.py)
-bench=(tests/bench/bench_nvlink.py --json "$out/nvlink.json" --plot "$out/nvlink.png" "${tiny[@]}")
+bench=(tests/bench/bench_nvlink.py --local-sms 64 --json "$out/nvlink.json" --plot "$out/nvlink.png" "${tiny[@]}")
 low=(tests/bench/bench_low_latency.py --ranks "$ranks" --no-collective "${tiny[@]}")
 train=(examples/pretrain_megatron_moe.py --eval-interval 1000)
 small=(--steps 40)

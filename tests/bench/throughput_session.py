@@ -38,6 +38,7 @@ class Session:
             "device": team.device.type,
             "expand": expand,
             "num_sms": sms,
+            "local_sms": options.local_sms,
             "timeout_s": options.timeout_s,
         }
         settings["pool_bytes"] = self._pool_bytes(EpConfig(**settings), heap_limit(options, team))

@@ -26,6 +26,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "timeout_s": {"type": float},
     "host_threads": {"type": int},
     "num_sms": {"type": int},
+    "local_sms": {"type": int},
     "pool_bytes": {"type": int},
     "shm_dir": {"type": str},
     "max_tokens_per_rank": {"type": int},

@@ -1,0 +1,207 @@
+"""Two stages at the same time: the bits of one after the other, what happens when one does not come, graphs, few SMs.
+
+Where each rank has a GPU of its own they run so by themselves; here ranks share one, and are told to.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moe_ep_plugin import EpBuffer
+from tests.cases import bits
+from tests.test_faults import attempt
+
+from .helpers import DEVICE, Mistakes, finish, integers, kernel_tests, make_config, needs_cuda, tokens, works
+from .test_faults_cuda import TIMEOUT_S, Raised, check_timeouts, impatient, start_again
+from .test_streams_cuda import REPLAYS, capture
+
+pytestmark = [*kernel_tests, needs_cuda]
+
+TOKENS, WIDTH, EXPERTS, TOPK = 150, 136, 11, 4
+# So many that ranks that share a GPU have SMs for both stages.
+SMS = {"num_sms": 8, "local_sms": 8}
+
+
+def staged(together: bool, **changes: Any) -> EpBuffer:
+    """A buffer of two stages, which run at the same time or one after the other."""
+    buffer = EpBuffer(None, make_config(**({"expand": "two_stage"} | SMS | changes)))
+    buffer._backend.communicator.tune(overlap_stages=1 if together else -1)  # type: ignore[attr-defined]
+    return buffer
+
+
+def inputs(step: int, rank: int, hidden: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, topk_idx and topk_weights; some ranks have few tokens or none, some experts none."""
+    seed = 1000 * step + 10 * rank
+    count = 0 if (step + rank) % 5 == 4 else int(integers(seed, 1, low=0, high=TOKENS + 1))
+    x = torch.randn(count, hidden, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    high = EXPERTS if step % 3 else 3
+    idx = integers(seed + 1, count, TOPK, low=-1, high=high).long()
+    return x.to(DEVICE), idx.to(DEVICE), integers(seed + 2, count, TOPK, low=1).to(DEVICE)
+
+
+def results(buffer: EpBuffer, step: int) -> list[torch.Tensor]:
+    """Everything that a layer and its backward get."""
+    x, idx, weights = inputs(step, buffer.rank, buffer.config.hidden)
+    out = buffer.dispatch(x, idx, weights)
+    again = buffer.dispatch(x * 2, topk_weights=weights, handle=out.handle)
+    rows = torch.sin(again.x.float() + step).bfloat16()
+    back = buffer.combine_with_values(rows, out.handle, topk_weights=again.topk_weights, row_values=out.topk_weights)
+    plain = buffer.combine(rows, out.handle)
+    found = (out.x, out.scale, out.topk_weights, again.x, again.scale, back.x, back.row_values, plain)
+    return [t.clone() for t in found if t is not None]
+
+
+def together_and_apart(steps: int, changes: dict[str, Any]) -> int:
+    mistakes = Mistakes()
+    settings = {"hidden": WIDTH, "dtype": torch.bfloat16, "num_topk": TOPK, "num_experts": EXPERTS} | changes
+    with staged(True, **settings) as both, staged(False, **settings) as one_by_one:
+        communicator = both._backend.communicator  # type: ignore[attr-defined]
+        assert communicator.stage_stream(num_sms=8, local_sms=8, bytes=0) != 0
+        # More than the GPU has room for beside each other: one after the other, whatever other ranks do.
+        assert communicator.stage_stream(num_sms=10_000, local_sms=8, bytes=0) == 0
+        for step in range(steps):
+            for got, want in zip(results(both, step), results(one_by_one, step), strict=True):
+                mistakes.compare(bits(got), bits(want))
+        both.check()
+        one_by_one.check()
+    assert mistakes.none()
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "changes"),
+    [
+        (1, {}),
+        (3, {}),
+        (4, {"expert_alignment": 8}),
+        (4, {"wire": "fp8"}),
+        (2, {"num_sms": 1, "local_sms": 1}),
+        (2, {"hidden": 8}),
+        (3, {"pool_bytes": 1}),
+    ],
+)
+def test_both_stages_at_once_give_the_bits_of_one_after_the_other(ranks, num_ranks, changes):
+    assert ranks(num_ranks).run(together_and_apart, 12, changes) == [12] * num_ranks
+
+
+def mixed() -> bool:
+    """One rank has no SMs for both stages; the others do."""
+    wide = dist.get_rank() == 0
+    sms = torch.cuda.get_device_properties(0).multi_processor_count // dist.get_world_size()
+    with staged(True, num_sms=sms if wide else 8) as buffer:
+        stream = buffer._backend.communicator.stage_stream(num_sms=sms if wide else 8, local_sms=8, bytes=0)  # type: ignore[attr-defined]
+        return (stream == 0) == wide and all(works(buffer) for _ in range(5))
+
+
+def test_ranks_without_room_for_both_work_with_those_that_have_it(ranks):
+    assert ranks(3).run(mixed) == [True] * 3
+
+
+def without_a_second_stage() -> bool:
+    """As where the heap has no room for rows: what that dispatch told is not taken for the next one's."""
+    x, idx = tokens(dist.get_rank())
+    with staged(True) as buffer:
+        handle = buffer.dispatch(x, idx).handle
+        backend: Any = buffer._backend
+        expand = backend._expand
+
+        def zeros(_request: Any, _result: Any, _state: Any, total: int, *_: Any) -> torch.Tensor:
+            return torch.zeros(total, dtype=torch.uint8, device=DEVICE)
+
+        for step in range(6):
+            backend._expand = zeros
+            assert not buffer.dispatch(x, handle=handle).x.any()
+            backend._expand = expand
+            out = buffer.dispatch(x + step, handle=handle)
+            if not torch.equal(buffer.combine(out.x, handle), 2 * (x + step)):
+                return False
+        buffer.check()
+        return works(buffer)
+
+
+def test_a_dispatch_without_a_second_stage(ranks):
+    assert ranks(3).run(without_a_second_stage) == [True] * 3
+
+
+def overflows() -> bool:
+    """A limit that is too small on one rank gives the dispatch up: the second stage waits for nothing, rows are 0."""
+    x, idx = tokens(dist.get_rank())
+    with staged(True) as buffer:
+        for _ in range(3):
+            out = buffer.dispatch(x, idx, max_recv_tokens=4 if buffer.rank == 1 else 512)
+            y = buffer.combine(out.x, out.handle)
+            # All ranks gave the routing up together: there is none to reuse but one of no rows.
+            again = buffer.dispatch(x, handle=out.handle)
+            finish()
+            if out.x.any() or y.any() or again.x.any():
+                return False
+            names, _, _ = attempt(buffer.check)
+            if "CapacityError" not in names:
+                return False
+        return works(buffer)
+
+
+def test_a_dispatch_that_is_given_up_has_a_second_stage_of_zeros(ranks):
+    assert ranks(3).run(overflows) == [True] * 3
+
+
+def late(late_rank: int, operation: str) -> tuple[Raised, bool]:
+    buffer = impatient()
+    buffer.close()
+    buffer = staged(True, timeout_s=TIMEOUT_S)
+    x, idx = tokens(buffer.rank)
+    out = buffer.dispatch(x, idx)
+    finish()
+    dist.barrier()
+    if buffer.rank == late_rank:
+        time.sleep(TIMEOUT_S + 1.5)
+
+    def call() -> None:
+        if operation == "combine":
+            buffer.combine(out.x, out.handle)
+        else:
+            buffer.dispatch(x, handle=out.handle)
+        buffer.check()
+
+    raised = attempt(call)
+    return raised, start_again(buffer)
+
+
+@pytest.mark.parametrize("operation", ["combine", "dispatch"])
+def test_a_late_rank_is_named(ranks, operation):
+    """By the stage that knows: the one that stays on the GPU waits for the other, and does not blame its own rank."""
+    check_timeouts(ranks(3).run(late, 1, operation), 1, operation, 2)
+
+
+def captured() -> int:
+    mistakes = Mistakes()
+    with staged(True, hidden=WIDTH, dtype=torch.bfloat16) as buffer:
+        idx = integers(buffer.rank, 64, 2, low=-1, high=8).long().to(DEVICE)
+        x = integers(buffer.rank, 64, WIDTH).bfloat16().to(DEVICE)
+        handle = buffer.dispatch(x, idx).handle
+
+        def layer() -> tuple[torch.Tensor, Any]:
+            out = buffer.dispatch(x, handle=handle)
+            return buffer.combine(out.x, handle), out
+
+        graph, (y, _) = capture(layer)
+        for step in range(1, REPLAYS + 1):
+            x.copy_(integers(step + buffer.rank, 64, WIDTH).bfloat16())
+            graph.replay()
+            want = x * (idx >= 0).sum(1, keepdim=True)
+            mistakes.compare(y, want)
+            # Not captured, between replays.
+            out = buffer.dispatch(x, idx)
+            mistakes.compare(buffer.combine(out.x, out.handle), want)
+        buffer.check()
+    assert mistakes.none()
+    return REPLAYS
+
+
+def test_a_handle_is_reused_in_a_graph(ranks):
+    assert ranks(3).run(captured) == [REPLAYS] * 3
