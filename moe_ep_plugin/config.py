@@ -57,8 +57,8 @@ class EpConfig:
             on the CPU backends.
         local_sms: SMs of kernels that stay on a GPU, as two stages have: rows written to their experts' places after
             they have crossed, and summed before they cross back. Where each rank has a GPU of its own they run beside
-            those of ``num_sms``, if the GPU has SMs for both. None: ``num_sms`` where it or the call sets it, else this
-            rank's share of its GPU, at most 64.
+            those of ``num_sms``, on SMs that these leave: of the whole GPU for sums, of half of it for a dispatch.
+            None: ``num_sms`` where it or the call sets it, else this rank's share of its GPU, at most 64.
         host_threads: Copy threads a rank uses on the host backend. None: this process's cores divided by
             the ranks that share them.
         pool_bytes: Most bytes of the heap for leased rows; on GPUs they are taken when the buffer is made. None: see

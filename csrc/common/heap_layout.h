@@ -36,6 +36,9 @@ constexpr int kNumSteps = 6;
 
 // `done`: parts whose rows have been summed, or rows that have been sent.
 constexpr int kProgressBits = 32;
+MOE_EP_HOST_DEVICE constexpr int progress_bits(Step step) {
+  return step == Step::kReduced || step == Step::kSent ? kProgressBits : 0;
+}
 MOE_EP_HOST_DEVICE constexpr std::uint64_t progress_flag(std::uint64_t sequence, std::uint32_t done) {
   return sequence << kProgressBits | done;
 }

@@ -280,6 +280,12 @@ int Communicator::sms_beside(int num_sms, int local_sms, std::size_t bytes, doub
   return std::clamp(own, 0, most_blocks(local_sms));
 }
 
+std::int32_t Communicator::rows_in_part_log2() const {
+  std::int32_t log2 = 5;
+  while ((std::int64_t{16} << log2) < options_.max_tokens) ++log2;
+  return log2;
+}
+
 int Communicator::blocks_for(int num_sms, std::int64_t items, int warps) const {
   return static_cast<int>(std::clamp<std::int64_t>(divided_up(items, warps), 1, most_blocks(num_sms)));
 }

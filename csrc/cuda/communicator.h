@@ -256,6 +256,8 @@ class Communicator {
   // other. Only for so many `bytes` of rows that this is worth the host's time, and within `share` of this rank's SMs:
   // where one stage waits for the other, both must find room.
   int sms_beside(int num_sms, int local_sms, std::size_t bytes, double share) const;
+  // Of a combine: about sixteen parts where all tokens come that can; of fewer, as many rows as are worth telling.
+  std::int32_t rows_in_part_log2() const;
   // A dispatch's second stage waits for its first one, which may not have begun: two buffers may do so at a time.
   int expand_sms_beside(int num_sms, int local_sms, std::size_t bytes) const {
     return overlaps_stages() ? sms_beside(num_sms, local_sms, bytes, 0.5) : 0;

@@ -333,7 +333,7 @@ __device__ void give_up(const DispatchParams& params, std::uint64_t sequence, co
   if (params.fresh) empty_routing(params, sequence, span);
   if (threadIdx.x == 0) group.state->given_up = sequence;
   __syncthreads();
-  const bool staged = params.deduplicated && params.layout == RowLayout::kExpert;
+  const bool staged = params.is_staged();
   if (params.tells_parts && blockIdx.x == 0 && threadIdx.x == 0) {
     // The second stage waits for rows, and learns that there are none.
     fence_device();
@@ -397,7 +397,7 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_cons
   if (is_fatal(verdict.outcome)) return;
 
   const bool goes_on = verdict.outcome == Outcome::kOk;
-  const bool staged = params.deduplicated && params.layout == RowLayout::kExpert;
+  const bool staged = params.is_staged();
   if (goes_on) {
     if (fresh) {
       counts_to_slots(routes.bins(), count_warps, scratch.first, scratch.counters);

@@ -72,6 +72,8 @@ __device__ __forceinline__ std::int64_t load_cached_in_l2(const std::int64_t* at
 }
 __device__ __forceinline__ std::int32_t load_cached_in_l2(const std::int32_t* at) { return __ldcg(at); }
 __device__ __forceinline__ float load_cached_in_l2(const float* at) { return __ldcg(at); }
+__device__ __forceinline__ std::uint32_t load_cached_in_l2(const std::uint32_t* at) { return __ldcg(at); }
+__device__ __forceinline__ uint4 load_cached_in_l2(const uint4* at) { return __ldcg(at); }
 
 // Until what the stream has queued before this kernel is over: a kernel may have begun earlier, see launch_early().
 __device__ __forceinline__ void wait_for_stream() {

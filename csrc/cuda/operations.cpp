@@ -219,11 +219,10 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
   float* values = reinterpret_cast<float*>(block + arrays.indices);
   const bool tells_parts = reduces_first && overlaps_stages();
   // Sums wait for nothing. In a graph the order of branches is not ours to say.
-  const int local_sms = sms_beside(arguments.num_sms, arguments.local_sms, shared_rows * row_bytes, 1.0);
-  const bool beside = tells_parts && local_sms > 0 && capture_of(arguments.streams.run) == 0;
-  // About sixteen parts where all tokens come that can; of fewer rows, so many that they are worth telling.
-  std::int32_t part_log2 = 5;
-  while ((std::int64_t{16} << part_log2) < options_.max_tokens) ++part_log2;
+  const int local_sms =
+      tells_parts ? sms_beside(arguments.num_sms, arguments.local_sms, shared_rows * row_bytes, 1.0) : 0;
+  const bool beside = local_sms > 0 && capture_of(arguments.streams.run) == 0;
+  const std::int32_t part_log2 = reduces_first ? rows_in_part_log2() : 0;
   if (room.bytes >= 0 && reduces_first) {
     ReduceParams params{};
     params.group = group_;

@@ -1,5 +1,5 @@
-// Two kernels of two stages at the same time: sums of a rank's rows, made and told in parts, and the combine that reads
-// what has been told. See kMostParts.
+// Two stages at the same time: what one has done is told in parts, and what waits for it knows how far it is. A
+// dispatch's second stage waits for rows that are sent, a combine for sums that are made. See kMostParts.
 #pragma once
 
 #include "cuda/reduce.cuh"
@@ -34,7 +34,7 @@ __device__ __forceinline__ int parts_of(std::int64_t rows, int part_log2) {
   return static_cast<int>((rows + (std::int64_t{1} << part_log2) - 1) >> part_log2);
 }
 
-// Of the run that is longest, in shared memory.
+// Of the longest of all ranks' runs.
 __device__ inline int most_parts(const std::int64_t* rows, int num_ranks, int part_log2) {
   int most = 0;
   for (int rank = 0; rank < num_ranks; ++rank) most = max(most, parts_of(rows[rank], part_log2));

@@ -287,9 +287,9 @@ __device__ inline void reduce_rows_vector(Job& job) {
           held[u][v] = make_uint4(0, 0, 0, 0);
           if (first + u < count && at < bytes) {
             // Past the L1 cache: the next row may be on its way.
-            held[u][v] =
-                __ldcg(reinterpret_cast<const uint4*>(job.rows[rank] + static_cast<std::size_t>(slot) * row_bytes +
-                                                      static_cast<std::size_t>(item.chunk) * R::kChunk + at));
+            held[u][v] = load_cached_in_l2(
+                reinterpret_cast<const uint4*>(job.rows[rank] + static_cast<std::size_t>(slot) * row_bytes +
+                                               static_cast<std::size_t>(item.chunk) * R::kChunk + at));
           }
         }
       }

@@ -364,7 +364,7 @@ __device__ inline void copy_row(const SendJob& job, std::int64_t token, const En
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int word = base + 32 * u + lane;
-      if (word < words) held[u] = __ldcg(from + word);
+      if (word < words) held[u] = load_cached_in_l2(from + word);
     }
     for_each_entry(job, entry, count, [&](const Destination& to, std::size_t slot, int) {
       auto* at = reinterpret_cast<Word*>(to.rows + slot * job.sizes.row);

@@ -253,6 +253,9 @@ struct DispatchParams {
   std::int64_t block_offset;   // of this rank's receive block in its heap
   std::int64_t block_bytes;    // -1: no room
   std::uint64_t ticket;        // 0: nobody waits for the counts
+
+  // Of two stages: a row a (token, rank), which the second one brings to its experts' places.
+  MOE_EP_HOST_DEVICE bool is_staged() const { return deduplicated && layout == RowLayout::kExpert; }
 };
 
 // The second stage: expert-major rows from the rank-major rows of this rank's block.

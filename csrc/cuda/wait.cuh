@@ -85,7 +85,7 @@ __device__ inline bool wait_for(const Group& group, Step step, int source, std::
     if (outcome == Outcome::kOk) continue;
     // A peer may have done its part and left right after: look at the flag again before blaming it.
     if (load_acquire_system(flag) >= sequence) return true;
-    const int beside = step == Step::kReduced || step == Step::kSent ? kProgressBits : 0;
+    const int beside = progress_bits(step);
     const std::int64_t values[kReportValues] = {source, static_cast<std::int64_t>(step),
                                                 static_cast<std::int64_t>(seen >> beside),
                                                 static_cast<std::int64_t>(left)};
@@ -129,23 +129,18 @@ __device__ inline bool is_last_block(std::uint32_t* counter) {
   return last;
 }
 
-// A barrier of all blocks in two parts, so that a block has something to do in between. The last block to arrive
-// calls `finish`, all of its threads, which sees what the others wrote. `mark` is another one than the last time.
-template <class Finish>
-__device__ inline void arrive_at_blocks(const Group& group, std::uint32_t mark, Finish&& finish) {
+// A barrier of all blocks in two parts, so that a block has something to do in between. All threads; `mark` is another
+// one than the last time.
+__device__ inline void arrive_at_blocks(const Group& group, std::uint32_t mark) {
   if (!is_last_block(&group.state->blocks[0])) return;
-  finish();
   __syncthreads();
   if (threadIdx.x != 0) return;
   fence_device();
   store_relaxed_device(&group.state->passed, mark);
 }
-__device__ inline void arrive_at_blocks(const Group& group, std::uint32_t mark) {
-  arrive_at_blocks(group, mark, [] {});
-}
 
-// Returns when each block has arrived, and sees what the others and `finish` wrote. False: the operation has been
-// given up, or not all blocks found room on the GPU in time.
+// Returns when each block has arrived, and sees what the others wrote. False: the operation has been given up, or not
+// all blocks found room on the GPU in time.
 __device__ inline bool wait_for_blocks(const Group& group, std::uint32_t mark) {
   DeviceState* state = group.state;
   bool ok = true;
