@@ -124,7 +124,7 @@ def quantizer(block_dims: int, *, rowwise: bool, columnwise: bool, power_of_two_
 
 def operand(
     *,
-    rows: tuple[torch.Tensor, torch.Tensor],
+    rows: tuple[torch.Tensor, torch.Tensor] | None,
     columns: tuple[torch.Tensor, torch.Tensor] | None,
     dtype: torch.dtype,
     made_by: Any,
@@ -132,14 +132,15 @@ def operand(
     """Return what a GEMM takes for one expert's rows. Copies nothing.
 
     Args:
-        rows: uint8 codes [rows, hidden], and fp32 scales [ceil(hidden / 128), rows rounded up to 4].
+        rows: For products with the rows, uint8 codes [rows, hidden], and fp32 scales [ceil(hidden / 128), rows rounded
+            up to 4].
         columns: For a weight gradient, uint8 codes [hidden, rows], and fp32 scales [ceil(rows / 128), hidden rounded up
             to 4].
         dtype: What the tensor presents itself as.
         made_by: The quantizer that stands for both.
     """
     te = load()
-    return te.storage(*rows, *(columns or (None, None)), te.e4m3, made_by, False, fake_dtype=dtype)
+    return te.storage(*(rows or (None, None)), *(columns or (None, None)), te.e4m3, made_by, False, fake_dtype=dtype)
 
 
 _TENSORS = ("rowwise_data", "rowwise_scale_inv", "columnwise_data", "columnwise_scale_inv")

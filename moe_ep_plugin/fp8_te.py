@@ -2,7 +2,7 @@
 
 Dispatched rows enter the forward GEMM as they arrived: their codes are not copied, only their scales are put in the
 order that the GEMM reads. What the weight gradient needs, the rows quantised by column, one kernel makes from what
-arrived; after that the received rows are no longer kept.
+arrived when that gradient is computed: a forward does not wait for it, and a delayed gradient takes it along.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ def _aligned(weight: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class _Fp8WeightGrad:
-    """Weight gradients from operands in FP8."""
+    """Weight gradients from operands in FP8; received rows are quantised by column here."""
 
-    inputs: list[Any]
+    inputs: Fp8Rows | list[Any]
     grads: list[Any]
     counts: Sequence[int]
 
@@ -98,7 +98,10 @@ class _Fp8WeightGrad:
             if count == 0:
                 part.zero_()
         if sum(self.counts):
-            _te.grouped_gemm(self.inputs, self.grads, parts, "NT", self.counts, grad=True)
+            inputs = self.inputs
+            if isinstance(inputs, Fp8Rows):
+                inputs = _by_columns(inputs, self.counts, layer)
+            _te.grouped_gemm(inputs, self.grads, parts, "NT", self.counts, grad=True)
         yield from parts
 
 
@@ -140,12 +143,13 @@ class GroupedLinear(torch.autograd.Function):
         """Returns [rows, out_features] in the weights' dtype; zero in rows past the counts."""
         recipe, total, dtype = layer.recipe, sum(counts), weights[0].dtype
         needs_input, needs_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:])
-        by_columns = needs_weights and recipe.gradients == "fp8"
+        # Unquantised rows: by row and by column in one kernel, after which they are not kept.
+        by_columns = needs_weights and recipe.gradients == "fp8" and not isinstance(rows, Fp8Rows)
         num_rows = len(rows.data if isinstance(rows, Fp8Rows) else rows)
         out = torch.empty(num_rows, layer.out_features, dtype=dtype, device=weights[0].device)
         out[total:].zero_()
         quantized = quantize_weights(layer, weights, needs_input and recipe.gradients == "fp8")
-        inputs = _operands(rows, counts, layer, by_columns) if total else []
+        inputs = _by_rows(rows, counts, layer, by_columns) if total else []
         if total:
             _te.grouped_gemm(quantized.operands, inputs, [out[:total]], "TN", counts, grad=False)
         ctx.layer, ctx.counts, ctx.num_rows = layer, counts, num_rows
@@ -195,10 +199,11 @@ class GroupedLinear(torch.autograd.Function):
         grads: list[torch.Tensor | None] = [None] * layer.num_gemms
         if any(needed):
             work: _Fp8WeightGrad | _WideWeightGrad
+            rows = Fp8Rows(*received) if len(received) > 1 else None
             if in_fp8:
-                work = _Fp8WeightGrad(inputs, parts, counts)
+                work = _Fp8WeightGrad(inputs if rows is None else rows, parts, counts)
             else:
-                work = _WideWeightGrad(Fp8Rows(*received) if len(received) > 1 else received[0], dy, counts)
+                work = _WideWeightGrad(received[0] if rows is None else rows, dy, counts)
             if recipe.delay_weight_grad:
                 layer.delayed.append(work)
             else:
@@ -206,21 +211,25 @@ class GroupedLinear(torch.autograd.Function):
         return grad_rows, None, None, None, *grads
 
 
-def _operands(
+def _by_rows(
     rows: Fp8Rows | torch.Tensor, counts: Sequence[int], layer: Fp8GroupedLinear, columnwise: bool
 ) -> list[Any]:
-    """What the GEMMs take for the rows of each expert."""
-    power_of_two = layer.recipe.power_of_two_scales
-    by = _te.quantizer(1, rowwise=True, columnwise=columnwise, power_of_two_scales=power_of_two)
+    """What a forward GEMM takes for the rows of each expert; of unquantised ones by column too, if asked."""
+    dtype, by = layer.weight(0).dtype, _input_quantizer(layer, columnwise=columnwise)
     if not isinstance(rows, Fp8Rows):
         return _te.split_quantize(rows[: sum(counts)].detach().contiguous(), counts, by)
-    dtype = layer.weight(0).dtype
-    columns: Sequence[Any] = [None] * len(counts)
-    if columnwise:
-        columns = fp8_kernels.columns(rows, counts, power_of_two=power_of_two)
     codes = split_rows(rows.codes, counts)
     scales = fp8_kernels.transposed_scales(rows, counts)
-    return [
-        _te.operand(rows=(code, scale), columns=column, dtype=dtype, made_by=by)
-        for code, scale, column in zip(codes, scales, columns, strict=True)
-    ]
+    return [_te.operand(rows=each, columns=None, dtype=dtype, made_by=by) for each in zip(codes, scales, strict=True)]
+
+
+def _by_columns(rows: Fp8Rows, counts: Sequence[int], layer: Fp8GroupedLinear) -> list[Any]:
+    """What the GEMM of a weight gradient takes for the received rows of each expert."""
+    dtype, by = layer.weight(0).dtype, _input_quantizer(layer, columnwise=True)
+    columns = fp8_kernels.columns(rows, counts, power_of_two=layer.recipe.power_of_two_scales)
+    return [_te.operand(rows=None, columns=each, dtype=dtype, made_by=by) for each in columns]
+
+
+def _input_quantizer(layer: Fp8GroupedLinear, *, columnwise: bool) -> Any:
+    power_of_two = layer.recipe.power_of_two_scales
+    return _te.quantizer(1, rowwise=True, columnwise=columnwise, power_of_two_scales=power_of_two)

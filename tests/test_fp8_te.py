@@ -209,7 +209,10 @@ def test_only_what_a_gradient_needs_is_made(te: StandIn, gradients: Gradients, i
     assert asked == {(2, True, inputs and in_fp8)} | ({(1, inputs, weights)} if in_fp8 else set())
     assert [gemm.layout for gemm in te.gemms] == ["TN", *(["NN" if inputs else "NT"] if in_fp8 else [])]
     operands = te.gemms[0].b
-    assert {operand.columnwise is not None for operand in operands} == {weights and in_fp8}
+    # By column only for the weights' gradients, when these are computed.
+    assert {operand.columnwise for operand in operands} == {None}
+    if weights and in_fp8:
+        assert all(operand.columnwise is not None and operand.rowwise is None for operand in te.gemms[1].a)
     if inputs:
         starts = [part.data_ptr() for part in split_rows(rows.codes, COUNTS)]
         assert [operand.rowwise[0].data_ptr() for operand in operands] == starts
@@ -217,18 +220,21 @@ def test_only_what_a_gradient_needs_is_made(te: StandIn, gradients: Gradients, i
 
 @pytest.mark.parametrize("quantised", [True, False])
 @both_gradients
-def test_received_rows_are_dropped_after_forward(te: StandIn, gradients: Gradients, quantised: bool) -> None:
-    """With "fp8", where columns take their place."""
+def test_what_is_kept_for_a_backward(te: StandIn, gradients: Gradients, quantised: bool) -> None:
+    """Received rows, as they came; of unquantised ones, with "fp8", their columns. Nothing after it."""
     x, dy = EXACT
     layer, rows = make_layer(gradients=gradients), dispatched(x) if quantised else x.clone()
     received = (rows.data, rows.scale) if isinstance(rows, Fp8Rows) else (rows,)
     storages = [StorageWeakRef(values.untyped_storage()) for values in received]
     y = layer(rows, COUNTS)
+    assert {operand.columnwise is not None for operand in te.gemms[0].b} == {gradients == "fp8" and not quantised}
     te.gemms.clear()
     del rows, received
-    assert {storage.expired() for storage in storages} == {gradients == "fp8"}
+    assert {storage.expired() for storage in storages} == {gradients == "fp8" and not quantised}
     y.backward(dy)
     assert layer.weight(2).grad is not None
+    te.gemms.clear()
+    assert all(storage.expired() for storage in storages)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -251,12 +257,12 @@ def test_activation_checkpointing_keeps_nothing(te: StandIn, gradients: Gradient
     te.gemms.clear()
     layer, rows = make_layer(gradients=gradients), dispatched(x)
     y = checkpoint(layer, rows, COUNTS, use_reentrant=False)
-    operands = [*te.gemms[0].a, *te.gemms[0].b]
-    columns = [operand.columnwise[0] for operand in operands if operand.columnwise]
-    assert len(columns) == (2 * len(COUNTS) if gradients == "fp8" else 0)
+    # The weights'; those of the rows are made in backward.
+    columns = [operand.columnwise[0] for operand in [*te.gemms[0].a, *te.gemms[0].b] if operand.columnwise]
+    assert len(columns) == (len(COUNTS) if gradients == "fp8" else 0)
     storages = [StorageWeakRef(values.untyped_storage()) for values in columns]
     te.gemms.clear()
-    del operands, columns
+    del columns
     assert all(storage.expired() for storage in storages)
     y.backward(dy)
     assert rows.grad_rows is not None and torch.equal(rows.grad_rows.grad, want["rows"])  # type: ignore[arg-type]

@@ -47,6 +47,7 @@ void Communicator::connect(const std::vector<PeerAddress>& peers) {
   MOE_EP_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   MOE_EP_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   MOE_EP_CUDA_CHECK(cudaDeviceGetAttribute(&num_device_sms_, cudaDevAttrMultiProcessorCount, device));
+  MOE_EP_CUDA_CHECK(cudaDeviceGetAttribute(&l2_bytes_, cudaDevAttrL2CacheSize, device));
   has_bulk_ = major >= 9;
   most_shared_bytes_ = static_cast<std::size_t>(shared) - kStaticSharedBytes;
   if (const cudaError_t error = prepare_dispatch(most_shared_bytes_); error != cudaSuccess) {

@@ -314,6 +314,7 @@ class Communicator {
   std::vector<ProcessWatch> watches_;
   int num_local_experts_ = 0;
   int num_device_sms_ = 0;
+  int l2_bytes_ = 0;
   std::size_t most_shared_bytes_ = 0;
   bool has_bulk_ = false;
   void* device_memory_ = nullptr;  // state, tables and workspace

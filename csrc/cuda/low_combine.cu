@@ -517,6 +517,18 @@ __device__ void prefetch_routes(const LowCombineParams& params, const LowItem& i
   prefetch_to_l2(place);
 }
 
+// This rank's own rows wait for no other rank: they come to L2 while posts are on their way. Of as many tokens as the
+// kernel has warps, so that not much more is asked for than comes meanwhile.
+__device__ void prefetch_own_rows(const LowCombineParams& params, const std::uint8_t* rows) {
+  const int lane = threadIdx.x & 31;
+  const int token = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x / 32);
+  if (token >= params.num_tokens || lane >= params.topk) return;
+  const Entry entry = params.routing.entries[token * params.topk + lane];
+  if (entry.rank != params.low.group.rank) return;
+  bulk_prefetch(rows + static_cast<std::size_t>(entry.slot) * params.row_bytes,
+                static_cast<std::uint32_t>(params.row_bytes));
+}
+
 // What a combine knows of a rank at first. `masks`: the operation whose masks count, as ranks that were left out since
 // the rows were sent are not waited for either. `own`: this rank's rows, unless they are in the heap.
 __device__ inline void keep_rank(const LowCombineParams& params, const LowCombineShared& shared, int rank,
@@ -636,6 +648,11 @@ __global__ void __launch_bounds__(kThreads, 1) low_combine_kernel(const __grid_c
     }
   }
   if (!receives) return;
+  if constexpr (!kQuantizes) {
+    if (params.prefetches_own && !gave_up && (!kCopies || registered)) {
+      prefetch_own_rows(params, shared.rows()[group.rank]);
+    }
+  }
   const LowJob job{{}, params, shared.lost(), params.num_tokens, params.topk, params.hidden, shared.rows(), params.out};
   const LowRoute route = job.fetch(kQuantizes || warp >= params.pipeline.warps ? params.num_tokens : item.token);
   if (!await_rows(params, shared, memory, sequence)) return;

@@ -163,14 +163,19 @@ void Communicator::low_dispatch(const LowDispatchArguments& arguments) {
       source.quantize && params.chunk_elements >= kFewestSplitBlocks * std::int64_t{kFp8Block} ? kWarps / 2 : kWarps;
   // Less is slower, but all of it works.
   bool fits = false;
-  for (const bool marks : {true, false}) {
-    params.has_marks = marks;
-    plan_gathering(params, blocks);
+  struct Way {
+    bool marks;
+    bool may_gather;
+  };
+  for (const Way way : {Way{true, true}, Way{true, false}, Way{false, false}}) {
+    params.has_marks = way.marks;
+    params.gathers_scales = false;
+    if (way.may_gather) plan_gathering(params, blocks);
     for (int stages = one_each ? 1 : 2; stages > 0 && !fits; --stages) {
       params.stages = stages;
       fits = complete_low_dispatch(params, blocks) <= most_shared_bytes_;
     }
-    // In layout rank marks say where a row goes once.
+    // In layout rank nothing is gathered, and marks say where a row goes once.
     if (fits || by_rank) break;
   }
   if (!fits) {
@@ -258,6 +263,10 @@ bool Communicator::low_combine(const LowCombineArguments& arguments) {
   }
   params.token_step = blocks * params.pipeline.warps / params.chunks;
   params.chunk_step = blocks * params.pipeline.warps % params.chunks;
+  // Rows that the L2 cache holds need not be brought there.
+  const double rows_read = static_cast<double>(arguments.num_tokens) * params.topk * params.row_bytes;
+  params.prefetches_own = sends && receives && !arguments.quantize && params.pipeline.use_bulk &&
+                          rows_read * options_.ranks_on_device > static_cast<double>(l2_bytes_);
   queue_behind(arguments.stream);
   MOE_EP_CUDA_CHECK(launch_low_combine(params, blocks, arguments.stream));
   queued(arguments.stream);

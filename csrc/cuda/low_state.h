@@ -185,6 +185,7 @@ struct LowCombineParams {
   bool quantize;             // while copying
   bool power_of_two;
   std::int32_t send_blocks;  // that copy
+  bool prefetches_own;       // rows, to L2
   std::size_t rows_offset;   // in every rank's heap
   std::uint8_t* out;
   float* lost;  // [num_tokens]

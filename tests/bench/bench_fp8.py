@@ -14,8 +14,11 @@ comes once per MoE layer and forward:
 * bf16, direct: dispatch in bf16 to expert-major rows, then the same GroupedLinear. Nothing to permute: ours, but FP8.
 
 Weights are quantised once and kept by all of them, as in every micro-batch of a step but the first. *Training* runs
-under autograd, so that what the weight gradient needs is made too; *inference* does not. GEMM: our layer alone, on rows
-that are there.
+under autograd: TransformerEngine's layer quantises rows by column too, as it does not keep them; ours keeps the FP8
+rows, and makes columns of them when the weight gradient is computed. So there is *step* as well: the forward in
+training and then the backward, weight gradients and the gradients' way back to the tokens included, where both have
+done the same (not *permuted*, whose ready index has no way back here). *Inference* has no autograd.
+GEMM: our layer alone, on rows that are there.
 
 Floor: the bytes that have to be read and written once (source rows, received rows and scales, weights, outputs) at the
 speed of a large copy, plus the GEMM alone. Wire bytes are what left a rank for other ranks, as counted by the buffer,
@@ -113,10 +116,12 @@ class Case:
         layer.weights_changed = True
         return layer
 
-    def te_layer(self, ours: Fp8GroupedLinear) -> Callable[[torch.Tensor, list[int]], torch.Tensor]:
-        """FC1 that quantises unquantised rows, with the same weights."""
+    def te_layer(
+        self, ours: Fp8GroupedLinear
+    ) -> tuple[Callable[[torch.Tensor, list[int]], torch.Tensor], list[torch.Tensor]]:
+        """FC1 that quantises unquantised rows, with the same weights; and its weights."""
         if self.device.type == "cpu":
-            return lambda rows, counts: ours(rows, counts)
+            return lambda rows, counts: ours(rows, counts), list(ours.parameters())
         import transformer_engine.pytorch as te
         from transformer_engine.common.recipe import Float8BlockScaling
 
@@ -139,7 +144,7 @@ class Case:
             first[0] = False
             return out
 
-        return call
+        return call, list(layer.parameters())
 
     def permutation(self, buffer: EpBuffer, counts: list[int]) -> torch.Tensor:
         """For every expert-major row the row of layout "rank" that it comes from; padding comes from the first."""
@@ -210,7 +215,7 @@ def run(case: Case, buffer: EpBuffer, outputs: int) -> dict[str, Any]:
     options, x, idx, weights = case.options, case.x, case.idx, case.weights
     dispatcher = TokenDispatcher(buffer)
     ours, ready = case.our_layer(outputs), dispatcher.dispatch_fp8(x, idx, weights)
-    theirs = case.te_layer(ours)
+    theirs, their_weights = case.te_layer(ours)
     counts = ready.tokens_per_expert.tolist()
     order = case.permutation(buffer, counts)
 
@@ -231,6 +236,19 @@ def run(case: Case, buffer: EpBuffer, outputs: int) -> dict[str, Any]:
     def megatron() -> torch.Tensor:
         assert by_megatron is not None
         return theirs(by_megatron(dispatcher.dispatch(x, idx, weights, layout="rank")), counts)
+
+    output_grads: dict[torch.Size, torch.Tensor] = {}
+
+    def step(forward: Callable[[], torch.Tensor], weights: list[torch.Tensor]) -> Callable[[], object]:
+        """Forward and backward."""
+
+        def call() -> object:
+            y = forward()
+            if y.shape not in output_grads:
+                output_grads[y.shape] = torch.randn(y.shape, device=y.device).to(y.dtype)
+            return torch.autograd.grad(y, [x, *weights], output_grads[y.shape])
+
+        return call
 
     rows = Fp8Rows.from_dispatch(ready)
     flat = dispatcher.dispatch(x.detach(), idx, weights).x.clone()
@@ -266,18 +284,21 @@ def run(case: Case, buffer: EpBuffer, outputs: int) -> dict[str, Any]:
     del y, y_permuted, y_direct
 
     found: dict[str, Any] = {"errors": errors, "rows": int(len(real)), "rows_padded": sum(counts), "outputs": outputs}
-    for mode in ("training", "inference"):
-        with torch.set_grad_enabled(mode == "training"):
-            times: dict[str, list[float]] = {name: [] for name in contestants}
+    steps = {"ours": step(fp8, list(ours.parameters())), "bf16_direct": step(direct, their_weights)}
+    if by_megatron is not None:
+        steps["bf16_megatron"] = step(megatron, their_weights)
+    for mode, runners in (("training", contestants), ("inference", contestants), ("step", steps)):
+        with torch.set_grad_enabled(mode != "inference"):
+            times: dict[str, list[float]] = {name: [] for name in runners}
             for batch in range(options.batches + 1):
-                for name, call in contestants.items():
+                for name, call in runners.items():
                     spent = case.timed(call, options.calls if batch else 2)
                     if batch:
                         times[name].append(spent)
             buffer.check()
             found[mode] = {name: statistics.median(each) for name, each in times.items()}
             found[mode]["peak_bytes"] = {
-                name: case.peak_bytes(contestants[name]) for name in contestants if name in wholes
+                name: case.peak_bytes(call) for name, call in runners.items() if name in wholes
             }
     for name in ("ours", "bf16_permuted", "bf16_direct"):
         before = buffer.stats.bytes_to_peers
@@ -331,16 +352,17 @@ def show(results: dict[str, Any], case: Case) -> None:
         rows, outputs = found["rows_padded"], found["outputs"]
         print(f"FC1 of {outputs} outputs; rows of rank 0: {found['rows']}, with padding {rows}; {found['errors']}")
         flops = 2 * rows * options.hidden * outputs
-        for mode in ("training", "inference"):
+        for mode in ("training", "inference", "step"):
             times = found[mode]
-            print(f"  {mode}, us a call of the slowest rank (bar: bf16_permuted at least {BAR} times ours):")
+            bar = "" if mode == "step" else f" (bar: bf16_permuted at least {BAR} times ours)"
+            print(f"  {mode}, us a call of the slowest rank{bar}:")
             for name, spent in times.items():
                 if name == "peak_bytes":
                     continue
                 ratio = f"  {spent / times['ours']:.2f} times ours" if name.startswith("bf16") else ""
                 peak = f"  peak {times['peak_bytes'][name] / 1e6:.0f} MB" if name in times["peak_bytes"] else ""
                 print(f"    {name:20s} {spent:10.1f}{peak}{ratio}")
-            if speed:
+            if speed and mode != "step":
                 row = options.hidden + options.hidden // 32
                 moved = on_gpu * (options.tokens * options.hidden * 2 + rows * row)
                 print(

@@ -5,6 +5,10 @@ Where each rank has a GPU of its own they run so by themselves; here ranks share
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import threading
 import time
 from typing import Any
 
@@ -14,10 +18,11 @@ import torch.distributed as dist
 
 from moe_ep_plugin import EpBuffer
 from tests.cases import bits
+from tests.harness import RankDied
 from tests.test_faults import attempt
 
-from .helpers import DEVICE, Mistakes, finish, integers, kernel_tests, make_config, needs_cuda, tokens, works
-from .test_faults_cuda import TIMEOUT_S, Raised, check_timeouts, impatient, start_again
+from .helpers import DEVICE, GpuPool, Mistakes, finish, integers, kernel_tests, make_config, needs_cuda, tokens, works
+from .test_faults_cuda import NOTICED_S, TIMEOUT_S, Raised, check_timeouts, impatient, start_again
 from .test_streams_cuda import REPLAYS, capture
 
 pytestmark = [*kernel_tests, needs_cuda]
@@ -176,6 +181,117 @@ def late(late_rank: int, operation: str) -> tuple[Raised, bool]:
 def test_a_late_rank_is_named(ranks, operation):
     """By the stage that knows: the one that stays on the GPU waits for the other, and does not blame its own rank."""
     check_timeouts(ranks(3).run(late, 1, operation), 1, operation, 2)
+
+
+def hold_stage(buffer: EpBuffer, seconds: float) -> None:
+    """Keep what runs beside a dispatch or combine from beginning, for about so long."""
+    stream = buffer._backend.communicator.stage_stream(bytes=0, **SMS)  # type: ignore[attr-defined]
+    assert stream != 0
+    with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
+        torch.cuda._sleep(int(seconds * 2e9))  # Cycles; GPUs run at 1.2 to 2 GHz.
+
+
+def stage_comes_late() -> bool:
+    """One rank's stage beside begins when the other stage has long been waiting, or, of a dispatch, is over."""
+    x, idx = tokens(dist.get_rank())
+    with staged(True) as buffer:
+        for step in range(6):
+            if step % 3 == buffer.rank:
+                hold_stage(buffer, 0.1)
+            out = buffer.dispatch(x + step, idx)
+            if (step + 1) % 3 == buffer.rank:
+                hold_stage(buffer, 0.1)
+            if not torch.equal(buffer.combine(out.x, out.handle), 2 * (x + step)):
+                return False
+        buffer.check()
+    return True
+
+
+def test_a_stage_that_begins_late(ranks):
+    assert ranks(3).run(stage_comes_late) == [True] * 3
+
+
+def sums_do_not_come(late_rank: int) -> tuple[Raised, bool]:
+    buffer = impatient()
+    buffer.close()
+    buffer = staged(True, timeout_s=TIMEOUT_S)
+    out = buffer.dispatch(*tokens(buffer.rank))
+    finish()
+    dist.barrier()
+    if buffer.rank == late_rank:
+        hold_stage(buffer, TIMEOUT_S + 1.5)
+
+    def call() -> None:
+        buffer.combine(out.x, out.handle)
+        buffer.check()
+
+    raised = attempt(call)
+    return raised, start_again(buffer)
+
+
+def test_sums_that_do_not_come_are_waited_for_in_vain(ranks):
+    """A rank has said that it combines, and then tells no part of its sums."""
+    timeouts = 0
+    for rank, ((names, text, seconds), usable) in enumerate(ranks(3).run(sums_do_not_come, 1)):
+        assert "PeerTimeout" in names, (rank, names, text)
+        assert seconds < NOTICED_S
+        assert usable, rank
+        # Who gives up second may find that the first has left.
+        if names[0] == "PeerTimeout":
+            timeouts += 1
+            assert seconds >= TIMEOUT_S * 0.9
+            assert re.search(r"waited 2 s for rank 1 .+ of combine 2\b", text), text
+    assert timeouts >= 1
+
+
+def dies_at_work(victim: int, after_s: float) -> tuple[Raised | None, bool]:
+    """Layers large enough to be told in parts, one after the other, until a rank ends in the middle of one."""
+    count, hidden, experts, topk = 2048, 2048, 32, 8
+    config = make_config(hidden=hidden, dtype=torch.bfloat16, num_experts=experts, num_topk=topk, timeout_s=20.0)
+    x = integers(dist.get_rank(), count, hidden).bfloat16().to(DEVICE)
+    idx = torch.rand(count, experts, device=DEVICE).topk(topk, dim=1).indices
+    buffer = EpBuffer(None, config)
+    # Ranks with a GPU each do it so by themselves.
+    assert buffer._backend.communicator.stage_stream(num_sms=16, local_sms=64, bytes=1 << 30) != 0  # type: ignore[attr-defined]
+
+    def layer() -> None:
+        out = buffer.dispatch(x, idx)
+        buffer.combine(out.x, out.handle)
+
+    for _ in range(3):
+        layer()
+    buffer.check()
+    finish()
+    dist.barrier()
+    if buffer.rank == victim:
+        threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    def work() -> None:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            layer()
+
+    raised = attempt(work)
+    buffer.close()
+    matrix = torch.eye(64, device=DEVICE)
+    return raised, bool((matrix @ matrix).sum() == 64)
+
+
+@pytest.mark.parametrize("after_s", [0.2, 0.2003, 0.2006, 0.2009])
+def test_a_rank_that_is_killed_in_the_middle_is_noticed(after_s):
+    """On GPUs of their own: MPS does not survive the end of a process whose kernels run."""
+    gpus = torch.cuda.device_count()
+    if gpus < 2 or "CUDA_MPS_PIPE_DIRECTORY" in os.environ:
+        pytest.skip("needs a GPU for each rank, without MPS")
+    with GpuPool(min(gpus, 4)) as pool:
+        results = pool.run_with(dies_at_work, (1, after_s), may_die=[1])
+    assert isinstance(results.pop(1), RankDied)
+    for (names, text, seconds), usable in results:
+        assert "PeerTimeout" in names, (names, text)
+        assert seconds < 15 and usable
+        # Who finds out second may find that the first has left.
+        assert names[0] == "PeerLost", (names, text)
+    assert any("for rank 1 " in text and "process has ended" in text for (_, text, _), _ in results)
 
 
 def captured() -> int:
