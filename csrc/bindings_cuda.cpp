@@ -463,7 +463,7 @@ PYBIND11_MODULE(_cuda, module) {
       .def(
           "tune",
           [](Communicator& self, int send_warps, int chunk_bytes, int reduce_warps, int reduce_stages, int reduce_chunk,
-             int gather_scales, int overlap_stages) {
+             int reduce_rows, int gather_scales, int overlap_stages) {
             Pipeline send{};
             send.warps = send_warps;
             send.chunk_bytes = chunk_bytes;
@@ -471,11 +471,11 @@ PYBIND11_MODULE(_cuda, module) {
             reduce.warps = reduce_warps;
             reduce.stages = reduce_stages;
             reduce.chunk_bytes = reduce_chunk;
-            self.tune(send, reduce, gather_scales, overlap_stages);
+            self.tune(send, reduce, reduce_rows, gather_scales, overlap_stages);
           },
           py::kw_only(), py::arg("send_warps") = 0, py::arg("chunk_bytes") = 0, py::arg("reduce_warps") = 0,
-          py::arg("reduce_stages") = 0, py::arg("reduce_chunk") = 0, py::arg("gather_scales") = 0,
-          py::arg("overlap_stages") = 0);
+          py::arg("reduce_stages") = 0, py::arg("reduce_chunk") = 0, py::arg("reduce_rows") = 0,
+          py::arg("gather_scales") = 0, py::arg("overlap_stages") = 0);
   module.attr("routing_header_bytes") = sizeof(RoutingHeader);
   module.attr("fan_bytes") = sizeof(Entry);
   module.def("device_uuid", &device_uuid, py::arg("device"));

@@ -215,6 +215,7 @@ class Communicator:
         reduce_warps: int = 0,
         reduce_stages: int = 0,
         reduce_chunk: int = 0,
+        reduce_rows: int = 0,
         gather_scales: int = 0,
         overlap_stages: int = 0,
     ) -> None: ...

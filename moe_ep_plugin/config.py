@@ -53,12 +53,13 @@ class EpConfig:
             ``"two_stage"`` sends a token once per rank and fans it out there; ``"auto"`` takes what moves
             fewer bytes through the slowest link, which is ``"direct"`` inside one machine's or GPU's memory. In two
             stages a rank's sum for a token crosses rounded to the rows' dtype.
-        num_sms: SMs that communication kernels may use. None: this rank's share of its GPU, at most 24. No effect
-            on the CPU backends.
+        num_sms: SMs that communication kernels may use. None: this rank's share of its GPU, at most 24, or 16 where
+            rows take two stages among more than two GPUs. No effect on the CPU backends.
         local_sms: SMs of kernels that stay on a GPU, as two stages have: rows written to their experts' places after
             they have crossed, and summed before they cross back. Where each rank has a GPU of its own they run beside
-            those of ``num_sms``, on SMs that these leave: of the whole GPU for sums, of half of it for a dispatch.
-            None: ``num_sms`` where it or the call sets it, else this rank's share of its GPU, at most 64.
+            those of ``num_sms``, on SMs that these leave: of the whole GPU for sums, of half of it for a dispatch;
+            after them, where that is less than half of ``local_sms``. None: ``num_sms`` where it or the call sets it,
+            else this rank's share of its GPU, at most 64.
         host_threads: Copy threads a rank uses on the host backend. None: this process's cores divided by
             the ranks that share them.
         pool_bytes: Most bytes of the heap for leased rows; on GPUs they are taken when the buffer is made. None: see

@@ -36,8 +36,8 @@ struct CombineShared {
   }
 };
 
-std::size_t shared_bytes(const Pipeline& pipeline, int num_ranks, int most_entries) {
-  const std::size_t stage = static_cast<std::size_t>(most_entries) * pipeline.chunk_bytes;
+std::size_t shared_bytes(const Pipeline& pipeline, int num_ranks, int stage_rows) {
+  const std::size_t stage = static_cast<std::size_t>(stage_rows) * pipeline.chunk_bytes;
   const std::size_t ring = pipeline.use_bulk ? static_cast<std::size_t>(pipeline.warps) * pipeline.stages * stage : 0;
   return CombineShared::fixed_bytes(num_ranks, pipeline) + ring;
 }
@@ -206,8 +206,14 @@ __global__ void __launch_bounds__(kThreads, 1) reduce_kernel(const __grid_consta
   }
   __syncthreads();
   const std::int64_t received = params.routing.header->received_rows;
-  const ReduceJob job{{},          params.fan,    received,    params.topk,
-                      params.topk, params.hidden, shared.rows, params.weights != nullptr ? shared.weights : nullptr,
+  const ReduceJob job{{},
+                      params.fan,
+                      received,
+                      params.topk,
+                      params.stage_rows,
+                      params.hidden,
+                      shared.rows,
+                      params.weights != nullptr ? shared.weights : nullptr,
                       params.out};
   if (params.values != nullptr) {
     const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
@@ -225,7 +231,7 @@ __global__ void __launch_bounds__(kThreads, 1) reduce_kernel(const __grid_consta
   }
   const PartsWalk walk{shared.run_first, shared.run_rows, group.num_ranks, params.part_log2};
   PartsJob in_parts(job, group, walk, params.tells_parts);
-  reduce_rows<R>(in_parts, params.pipeline, ReduceRing{shared.stages, shared.barriers});
+  reduce_rows<R, true>(in_parts, params.pipeline, ReduceRing{shared.stages, shared.barriers});
 }
 
 // Calls `visit` with the Reduction that fits. Wide chunks of few rows keep as many bytes in flight.
@@ -236,9 +242,14 @@ cudaError_t visit_reduction(Element element, bool plain, int chunk_bytes, Visit&
     if (plain && chunk_bytes == kWideReduceChunk) return visit(Reduction<T, kWideReduceChunk / 512, true>{});
     if (plain && chunk_bytes == kReduceChunk) return visit(Reduction<T, kReduceChunk / 512, true>{});
     if (!plain && chunk_bytes == kReduceChunk) return visit(Reduction<T, kReduceChunk / 512, false>{});
+    if (!plain && chunk_bytes == kWideReduceChunk) return visit(Reduction<T, kWideReduceChunk / 512, false>{});
     return cudaErrorInvalidValue;
   });
 }
+
+// Wide chunks with weights are for a first stage, which splits tokens that have many rows.
+template <class R>
+constexpr bool kCombines = R::kPlain || R::kChunk == kReduceChunk;
 
 }  // namespace
 
@@ -247,15 +258,17 @@ cudaError_t prepare_combine(std::size_t most_shared_bytes) {
   for (const Element element : {Element::kFloat32, Element::kBFloat16, Element::kFloat16}) {
     for (const bool plain : {false, true}) {
       for (const int chunk : {kReduceChunk, kWideReduceChunk}) {
-        if (!plain && chunk == kWideReduceChunk) continue;
         const cudaError_t error = visit_reduction(element, plain, chunk, [&](auto reduction) {
           using R = decltype(reduction);
           constexpr auto kMost = cudaFuncAttributeMaxDynamicSharedMemorySize;
-          cudaError_t set = cudaFuncSetAttribute(combine_kernel<R, false>, kMost, bytes);
+          cudaError_t set = cudaFuncSetAttribute(reduce_kernel<R>, kMost, bytes);
+          if constexpr (kCombines<R>) {
+            if (set == cudaSuccess) set = cudaFuncSetAttribute(combine_kernel<R, false>, kMost, bytes);
+          }
           if constexpr (R::kPlain) {
             if (set == cudaSuccess) set = cudaFuncSetAttribute(combine_kernel<R, true>, kMost, bytes);
           }
-          return set == cudaSuccess ? cudaFuncSetAttribute(reduce_kernel<R>, kMost, bytes) : set;
+          return set;
         });
         if (error != cudaSuccess) return error;
       }
@@ -276,13 +289,16 @@ cudaError_t launch_combine(const CombineParams& params, int blocks, cudaStream_t
         return cudaGetLastError();
       }
     }
-    combine_kernel<R, false><<<blocks, kThreads, shared, stream>>>(params);
-    return cudaGetLastError();
+    if constexpr (kCombines<R>) {
+      combine_kernel<R, false><<<blocks, kThreads, shared, stream>>>(params);
+      return cudaGetLastError();
+    }
+    return cudaErrorInvalidValue;
   });
 }
 
 cudaError_t launch_reduce(const ReduceParams& params, int blocks, cudaStream_t stream) {
-  const std::size_t shared = shared_bytes(params.pipeline, params.group.num_ranks, params.topk);
+  const std::size_t shared = shared_bytes(params.pipeline, params.group.num_ranks, params.stage_rows);
   const bool plain = params.weights == nullptr;
   return visit_reduction(params.element, plain, params.pipeline.chunk_bytes, [&](auto reduction) {
     reduce_kernel<decltype(reduction)><<<blocks, kThreads, shared, stream>>>(params);

@@ -239,19 +239,31 @@ Pipeline Communicator::send_pipeline(const RowSource& source, const RowSizes& si
   return pipeline;
 }
 
-// Two stages a warp or more, and the warps and chunks that did best on an H200: few where memory is the limit.
-// Otherwise the arithmetic is, which likes many warps, and wide chunks of few rows.
+// The warps and chunks that did best on an H200: few where memory is the limit. Otherwise the arithmetic is, which
+// likes many warps, and wide chunks of few rows.
 Pipeline Communicator::reduce_pipeline(int num_sources, int most_entries, bool plain) const {
-  Pipeline pipeline{};
-  pipeline.use_bulk = has_bulk_;
   const bool crowded = is_crowded();
   const bool wide = plain && most_entries <= (crowded ? 2 : 4);
-  pipeline.chunk_bytes = wide ? kWideReduceChunk : kReduceChunk;
-  if (tuned_reduce_.chunk_bytes > 0) pipeline.chunk_bytes = tuned_reduce_.chunk_bytes;
-  const std::size_t room = most_shared_bytes_ - align_up(at(num_sources) * 40, 128) - 256;
-  const std::size_t stage = at(most_entries) * at(pipeline.chunk_bytes) + sizeof(std::uint64_t);
   int most_warps = kWarps;
   if (most_entries == 4 || (crowded && most_entries > 2)) most_warps = most_entries <= 4 ? 12 : 10;
+  return fit_reduce(num_sources, most_entries, wide ? kWideReduceChunk : kReduceChunk, most_warps);
+}
+
+// A token's experts are spread over ranks: most have few rows here, some all. With room for all of them in every stage
+// most of the ring would be empty.
+Pipeline Communicator::first_reduce_pipeline(int stage_rows, std::int64_t row_bytes) const {
+  return fit_reduce(num_ranks(), stage_rows, row_bytes > kReduceChunk ? kWideReduceChunk : kReduceChunk, kWarps);
+}
+
+int Communicator::rows_at_once(int topk) const { return std::min(tuned_rows_ > 0 ? tuned_rows_ : 3, topk); }
+
+// Two stages a warp or more.
+Pipeline Communicator::fit_reduce(int num_sources, int stage_rows, int chunk_bytes, int most_warps) const {
+  Pipeline pipeline{};
+  pipeline.use_bulk = has_bulk_;
+  pipeline.chunk_bytes = tuned_reduce_.chunk_bytes > 0 ? tuned_reduce_.chunk_bytes : chunk_bytes;
+  const std::size_t room = most_shared_bytes_ - align_up(at(num_sources) * 40, 128) - 256;
+  const std::size_t stage = at(stage_rows) * at(pipeline.chunk_bytes) + sizeof(std::uint64_t);
   if (tuned_reduce_.warps > 0) most_warps = tuned_reduce_.warps;
   for (int warps = most_warps; warps >= 1; --warps) {
     pipeline.warps = warps;
@@ -277,8 +289,10 @@ int Communicator::sms_beside(int num_sms, int local_sms, std::size_t bytes, doub
   // Less is there before the host has launched it all.
   constexpr std::size_t kLeastBytes = std::size_t{24} << 20;
   if (bytes < kLeastBytes && tuned_overlap_ <= 0) return 0;
-  const int own = static_cast<int>(share * num_device_sms_ / options_.ranks_on_device) - most_blocks(num_sms);
-  return std::clamp(own, 0, most_blocks(local_sms));
+  const int left = static_cast<int>(share * num_device_sms_ / options_.ranks_on_device) - most_blocks(num_sms);
+  const int wanted = most_blocks(local_sms);
+  // With a few it would take longer than after the other stage with all of them.
+  return 2 * left < wanted ? 0 : std::clamp(left, 0, wanted);
 }
 
 std::int32_t Communicator::rows_in_part_log2() const {

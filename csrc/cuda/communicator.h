@@ -232,9 +232,10 @@ class Communicator {
   std::int64_t most_received_rows() const { return options_.max_tokens * num_ranks(); }
   // For measurements and tests: other pipelines than the ones that were found best; scales gathered, and two stages
   // at the same time, (1) wherever that is possible, or nowhere (-1). 0 leaves a number as it is chosen.
-  void tune(Pipeline send, Pipeline reduce, int gather_scales, int overlap_stages) {
+  void tune(Pipeline send, Pipeline reduce, int rows_at_once, int gather_scales, int overlap_stages) {
     tuned_send_ = send;
     tuned_reduce_ = reduce;
+    tuned_rows_ = rows_at_once;
     tuned_gather_ = gather_scales;
     tuned_overlap_ = overlap_stages;
   }
@@ -274,6 +275,10 @@ class Communicator {
   // `crosses`: to other ranks, by at most `num_sms` SMs.
   Pipeline send_pipeline(const RowSource& source, const RowSizes& sizes, bool crosses, int num_sms) const;
   Pipeline reduce_pipeline(int num_sources, int most_entries, bool plain) const;
+  // Of the first of two stages, which reads so many rows of a token at a time.
+  Pipeline first_reduce_pipeline(int stage_rows, std::int64_t row_bytes) const;
+  int rows_at_once(int topk) const;
+  Pipeline fit_reduce(int num_sources, int stage_rows, int chunk_bytes, int most_warps) const;
   int count_warps(int bins) const;
   // Whether this GPU's ranks use most of its SMs, so that memory is the limit and not what an SM can do.
   bool is_crowded() const { return options_.ranks_on_device * options_.default_sms * 5 >= num_device_sms_ * 3; }
@@ -343,6 +348,7 @@ class Communicator {
   std::uint64_t ticket_ = 0;
   Pipeline tuned_send_{};
   Pipeline tuned_reduce_{};
+  int tuned_rows_ = 0;
   int tuned_gather_ = 0;
   int tuned_overlap_ = 0;
 };

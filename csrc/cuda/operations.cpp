@@ -226,7 +226,8 @@ CombineResult Communicator::combine(const CombineArguments& arguments) {
   if (room.bytes >= 0 && reduces_first) {
     ReduceParams params{};
     params.group = group_;
-    params.pipeline = reduce_pipeline(num_ranks(), static_cast<int>(routing.topk), !arguments.has_weights);
+    params.stage_rows = rows_at_once(static_cast<int>(routing.topk));
+    params.pipeline = first_reduce_pipeline(params.stage_rows, static_cast<std::int64_t>(row_bytes));
     params.routing = routing.view;
     params.fan = routing.fan;
     params.tells_parts = tells_parts;

@@ -2,7 +2,8 @@
 // order into a partial sum of its own, every product rounded before it is added.
 //
 // Bulk path: every warp drives a ring of its own. An item is one chunk of one token; a stage holds that chunk of each
-// of the token's rows. Entries are fetched ahead of the loads, weights ahead of the sums.
+// of the token's rows, or, where most tokens have few rows here and some many, of some of them. Entries are fetched
+// ahead of the loads, weights ahead of the sums.
 #pragma once
 
 #include "cuda/elements.cuh"
@@ -30,7 +31,7 @@ struct ReduceJob : InTokenOrder {
   const Entry* entries;  // [num_tokens, topk]
   std::int64_t num_tokens;
   std::int32_t topk;
-  std::int32_t most_entries;
+  std::int32_t stage_rows;  // that a stage holds: as many as a token has entries, unless it is split
   std::int32_t hidden;
   const std::uint8_t* const* rows;  // [num_ranks], in shared memory
   const float* const* weights;      // [num_ranks], in shared memory; unused where sums are plain
@@ -50,7 +51,7 @@ struct ReduceJob : InTokenOrder {
 };
 
 struct ReduceRing {
-  std::uint8_t* stages;     // [warps][stages][most_entries][chunk]
+  std::uint8_t* stages;     // [warps][stages][stage_rows][chunk]
   std::uint64_t* barriers;  // [warps][stages]
 };
 
@@ -167,14 +168,16 @@ __device__ inline ItemCursor first_item(const Job& job, int row_bytes, int warps
                     static_cast<int>(gridDim.x) * warps);
 }
 
-template <class R, class Job>
+// `kSplits`: a token may have more entries than a stage holds rows, and then takes several stages, one after the other.
+template <class R, bool kSplits, class Job>
 __device__ inline void reduce_rows_bulk(Job& job, const Pipeline& pipeline, const ReduceRing& ring) {
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x & 31;
   if (warp >= pipeline.warps) return;
   const int row_bytes = job.hidden * R::Element::kBytes;
   const int depth = pipeline.stages;
-  const std::size_t stage_bytes = static_cast<std::size_t>(job.most_entries) * R::kChunk;
+  const int stage_rows = job.stage_rows;
+  const std::size_t stage_bytes = static_cast<std::size_t>(stage_rows) * R::kChunk;
   std::uint8_t* stages = ring.stages + static_cast<std::size_t>(warp) * depth * stage_bytes;
   std::uint64_t* barriers = ring.barriers + warp * depth;
   // A warp's barriers are its own: nobody else has to see them first.
@@ -186,15 +189,16 @@ __device__ inline void reduce_rows_bulk(Job& job, const Pipeline& pipeline, cons
   __syncwarp();
 
   using LaneEntry = typename Job::LaneEntry;
-  const auto load = [&](const ItemCursor& item, const LaneEntry& entry, int stage) {
-    if (!item.valid()) return;
-    job.await(entry);
-    const int count = __popc(__ballot_sync(0xffffffffu, entry.rank >= 0));
+  const auto count_of = [](const LaneEntry& entry) { return __popc(__ballot_sync(0xffffffffu, entry.rank >= 0)); };
+  // Rows of an item from number `first` on, as many as a stage holds.
+  const auto load = [&](const ItemCursor& item, const LaneEntry& entry, int first, int count, int stage) {
     const std::uint32_t bytes = static_cast<std::uint32_t>(chunk_bytes<R>(row_bytes, item.chunk));
-    if (lane == 0) barrier_arrive_expect(barriers + stage, count * bytes);
+    const int here = kSplits ? min(count - first, stage_rows) : count;
+    if (lane == 0) barrier_arrive_expect(barriers + stage, here * bytes);
     __syncwarp();
-    if (entry.rank >= 0) {
-      bulk_load_once(stages + stage * stage_bytes + static_cast<std::size_t>(lane) * R::kChunk,
+    const int place = lane - first;
+    if (entry.rank >= 0 && (!kSplits || (place >= 0 && place < here))) {
+      bulk_load_once(stages + stage * stage_bytes + static_cast<std::size_t>(place) * R::kChunk,
                      job.rows[entry.rank] + static_cast<std::size_t>(entry.slot) * row_bytes +
                          static_cast<std::size_t>(item.chunk) * R::kChunk,
                      bytes, barriers + stage);
@@ -206,12 +210,22 @@ __device__ inline void reduce_rows_bulk(Job& job, const Pipeline& pipeline, cons
   job.reached(item, all_warps);
   ItemCursor loading = item;
   LaneEntry to_load = job.entry(loading);
+  int first_to_load = 0;
   const auto load_next = [&](int stage) {
     const ItemCursor now = loading;
     const LaneEntry entry = to_load;
-    loading.advance();
-    to_load = job.entry(loading);
-    load(now, entry, stage);
+    const int first = first_to_load;
+    const int count = count_of(entry);
+    if (!kSplits || first + stage_rows >= count) {
+      loading.advance();
+      to_load = job.entry(loading);
+      first_to_load = 0;
+    } else {
+      first_to_load += stage_rows;
+    }
+    if (!now.valid()) return;
+    job.await(entry);
+    load(now, entry, first, count, stage);
   };
   for (int i = 0; i < depth - 1; ++i) load_next(i);
   ItemCursor following = item;
@@ -223,27 +237,42 @@ __device__ inline void reduce_rows_bulk(Job& job, const Pipeline& pipeline, cons
   int load_stage = depth - 1;
   std::uint32_t parity = 0;
   while (item.valid()) {
-    load_next(load_stage);
-    if (++load_stage == depth) load_stage = 0;
-    const float next_weight = weight_of<R>(job, soon);
-    following.advance();
-    const LaneEntry later = job.entry(following);
-
-    const int count = __popc(__ballot_sync(0xffffffffu, entry.rank >= 0));
-    const std::uint8_t* data = stages + stage * stage_bytes + lane * 16;
     Sums<R> sums;
-    barrier_wait(barriers + stage, parity);
-    if constexpr (R::kPlain) {
-#pragma unroll 2
-      for (int j = 0; j < count; ++j) sums.add_row(data + j * R::kChunk, false, 1.0f);
-    } else {
-      int last_rank = -1;
-      for (int j = 0; j < count; ++j) {
-        const int rank = __shfl_sync(0xffffffffu, static_cast<int>(entry.rank), j);
-        const float factor = __shfl_sync(0xffffffffu, weight, j);
-        sums.add_row(data + j * R::kChunk, rank != last_rank, factor);
-        last_rank = rank;
+    int last_rank = -1;
+    int first = 0;
+    const int count = count_of(entry);
+    float next_weight = 0.0f;
+    LaneEntry later{};
+    for (;;) {
+      load_next(load_stage);
+      if (++load_stage == depth) load_stage = 0;
+      if (!kSplits || first == 0) {
+        next_weight = weight_of<R>(job, soon);
+        following.advance();
+        later = job.entry(following);
       }
+      const int end = kSplits ? min(first + stage_rows, count) : count;
+      const std::uint8_t* data = stages + stage * stage_bytes + lane * 16;
+      barrier_wait(barriers + stage, parity);
+      if constexpr (R::kPlain) {
+#pragma unroll 2
+        for (int j = first; j < end; ++j) sums.add_row(data + (j - first) * R::kChunk, false, 1.0f);
+      } else {
+        for (int j = first; j < end; ++j) {
+          const int rank = __shfl_sync(0xffffffffu, static_cast<int>(entry.rank), j);
+          const float factor = __shfl_sync(0xffffffffu, weight, j);
+          sums.add_row(data + (j - first) * R::kChunk, rank != last_rank, factor);
+          last_rank = rank;
+        }
+      }
+      if (++stage == depth) {
+        stage = 0;
+        parity ^= 1;
+      }
+      first = end;
+      if (!kSplits || first == count) break;
+      // As below.
+      __syncwarp();
     }
     store_item<R>(job, row_bytes, item, sums);
     // All lanes have read the stage: it may be loaded again.
@@ -253,10 +282,6 @@ __device__ inline void reduce_rows_bulk(Job& job, const Pipeline& pipeline, cons
     entry = soon;
     soon = later;
     weight = next_weight;
-    if (++stage == depth) {
-      stage = 0;
-      parity ^= 1;
-    }
   }
 }
 
@@ -318,11 +343,11 @@ __device__ inline void reduce_rows_vector(Job& job) {
 }
 
 // All threads of a block.
-template <class R, class Job>
+template <class R, bool kSplits = false, class Job>
 __device__ inline void reduce_rows(Job& job, const Pipeline& pipeline, const ReduceRing& ring) {
   // Rows are whole vectors on any GPU, so where there are bulk copies they serve all of them.
 #if defined(MOE_EP_BULK_COPIES)
-  reduce_rows_bulk<R>(job, pipeline, ring);
+  reduce_rows_bulk<R, kSplits>(job, pipeline, ring);
 #else
   reduce_rows_vector<R>(job);
 #endif

@@ -310,6 +310,7 @@ struct ReduceParams {
   bool tells_parts;        // to the combine that runs at the same time
   std::int32_t part_log2;  // rows from a rank in a part
   std::int32_t topk;
+  std::int32_t stage_rows;  // of a token, that are read at a time
   std::int32_t hidden;
   Element element;
   const std::uint8_t* rows;

@@ -57,6 +57,7 @@ class CudaBackend(CudaLowLatency, HeapBackend):
         device: torch.device,
         two_stage: bool,
         ranks_on_device: int,
+        gpus: int,
     ) -> None:
         super().__init__(context, heap, communicator)
         self._module = module
@@ -67,6 +68,9 @@ class CudaBackend(CudaLowLatency, HeapBackend):
         self._ranks_on_device = ranks_on_device
         self._device_sms = module.num_sms_of(device.index)
         self.most_sms = self._device_sms // ranks_on_device
+        self._default_sms = context.config.num_sms or default_num_sms(
+            self._device_sms, ranks_on_device, staged_gpus=gpus if two_stage else 0
+        )
         self._default_local_sms = default_local_sms(context.config.num_sms, self._device_sms, ranks_on_device)
         self._in_flight: deque[tuple[GpuEvent, tuple[Any, ...]]] = deque()
 
@@ -150,7 +154,16 @@ class CudaBackend(CudaLowLatency, HeapBackend):
                 "them with `python -m moe_ep_plugin.share_gpu --ranks N -- SCRIPT`",
                 sharing,
             )
-        return cls(context, module, heap, communicator, device=device, two_stage=two_stage, ranks_on_device=sharing)
+        return cls(
+            context,
+            module,
+            heap,
+            communicator,
+            device=device,
+            two_stage=two_stage,
+            ranks_on_device=sharing,
+            gpus=len(set(devices)),
+        )
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """See :class:`Backend`."""
@@ -187,7 +200,7 @@ class CudaBackend(CudaLowLatency, HeapBackend):
             power_of_two=config.power_of_two_scales,
             routing=state.routing,
             routing_memory=state.memory.data_ptr(),
-            num_sms=self._sms(request.num_sms),
+            num_sms=self._sms(request.num_sms) or self._default_sms,
             stream=run.cuda_stream,
             home=home.cuda_stream,
         )
@@ -243,7 +256,7 @@ class CudaBackend(CudaLowLatency, HeapBackend):
             values=address_of(request.row_values),
             out=out.data_ptr(),
             values_out=address_of(values) or 0,
-            num_sms=self._sms(request.num_sms),
+            num_sms=self._sms(request.num_sms) or self._default_sms,
             local_sms=self._local_sms(request.num_sms),
             stream=run.cuda_stream,
             home=home.cuda_stream,
@@ -384,7 +397,8 @@ class CudaBackend(CudaLowLatency, HeapBackend):
         """Stage two: the block of the rows returned, a lease or bytes."""
         communicator = self._connected()
         # While the dispatch goes on, if that is possible; a lease of another stream is none of a capture's.
-        num_sms, local_sms, stage = self._sms(request.num_sms), self._local_sms(request.num_sms), 0
+        num_sms = self._sms(request.num_sms) or self._default_sms
+        local_sms, stage = self._local_sms(request.num_sms), 0
         if result.data != 0 and not torch.cuda.is_current_stream_capturing():
             stage = communicator.stage_stream(num_sms=num_sms, local_sms=local_sms, bytes=result.offsets[-1])
         lease = communicator.lease(max(1, total), stream=stage or run.cuda_stream, home=home.cuda_stream)

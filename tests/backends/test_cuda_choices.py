@@ -23,6 +23,12 @@ def test_ranks_share_the_sms_of_their_gpu(device_sms: int, ranks: int, expected:
     assert default_num_sms(device_sms, ranks) == expected
 
 
+@pytest.mark.parametrize(("gpus", "expected"), [(0, 24), (2, 24), (3, 16), (8, 16)])
+def test_two_stages_among_many_gpus_take_fewer_sms(gpus: int, expected: int) -> None:
+    assert default_num_sms(132, 1, staged_gpus=gpus) == expected
+    assert default_num_sms(12, 1, staged_gpus=gpus) == 12
+
+
 def test_more_sms_than_the_sharers_have_are_refused() -> None:
     check_sms(16, 132, 8)
     check_sms(None, 132, 8)

@@ -166,6 +166,7 @@ def make(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Any:
                 device=torch.device("cpu"),
                 two_stage=two_stage,
                 ranks_on_device=8,
+                gpus=1,
             )
 
         monkeypatch.setitem(select._MAKERS, "host", connect)
@@ -250,7 +251,7 @@ def test_two_stages_expand_into_a_block_of_their_own(make: Any, compiled: Compil
     assert expands[0]["block"] == compiled.heap.data_ptr()
     # Beside the dispatch, with its own number of SMs, where there are enough.
     sms = [(passed["num_sms"], passed["local_sms"], passed["beside"]) for passed in expands]
-    assert sms == [(0, 16, True), (8, 8, False)]
+    assert sms == [(16, 16, True), (8, 8, False)]
     assert compiled.calls[1][1]["address"] == first.handle.state.fan.data_ptr()
     assert compiled.calls[3][1]["routing"] is compiled.result.routing
 

@@ -21,7 +21,19 @@ from tests.cases import bits
 from tests.harness import RankDied
 from tests.test_faults import attempt
 
-from .helpers import DEVICE, GpuPool, Mistakes, finish, integers, kernel_tests, make_config, needs_cuda, tokens, works
+from .helpers import (
+    DEVICE,
+    GpuPool,
+    Mistakes,
+    finish,
+    integers,
+    kernel_tests,
+    make_config,
+    needs_cuda,
+    ranks_on_this_gpu,
+    tokens,
+    works,
+)
 from .test_faults_cuda import NOTICED_S, TIMEOUT_S, Raised, check_timeouts, impatient, start_again
 from .test_streams_cuda import REPLAYS, capture
 
@@ -69,6 +81,9 @@ def together_and_apart(steps: int, changes: dict[str, Any]) -> int:
         assert communicator.stage_stream(num_sms=8, local_sms=8, bytes=0) != 0
         # More than the GPU has room for beside each other: one after the other, whatever other ranks do.
         assert communicator.stage_stream(num_sms=10_000, local_sms=8, bytes=0) == 0
+        # So few that it takes longer beside than after.
+        half = torch.cuda.get_device_properties(0).multi_processor_count // 2 // ranks_on_this_gpu(both.num_ranks)
+        assert communicator.stage_stream(num_sms=half - 3, local_sms=8, bytes=0) == 0
         for step in range(steps):
             for got, want in zip(results(both, step), results(one_by_one, step), strict=True):
                 mistakes.compare(bits(got), bits(want))
@@ -247,7 +262,14 @@ def test_sums_that_do_not_come_are_waited_for_in_vain(ranks):
 def dies_at_work(victim: int, after_s: float) -> tuple[Raised | None, bool]:
     """Layers large enough to be told in parts, one after the other, until a rank ends in the middle of one."""
     count, hidden, experts, topk = 2048, 2048, 32, 8
-    config = make_config(hidden=hidden, dtype=torch.bfloat16, num_experts=experts, num_topk=topk, timeout_s=20.0)
+    config = make_config(
+        hidden=hidden,
+        dtype=torch.bfloat16,
+        num_experts=experts,
+        num_topk=topk,
+        max_tokens_per_rank=count,
+        timeout_s=20.0,
+    )
     x = integers(dist.get_rank(), count, hidden).bfloat16().to(DEVICE)
     idx = torch.rand(count, experts, device=DEVICE).topk(topk, dim=1).indices
     buffer = EpBuffer(None, config)
