@@ -53,8 +53,9 @@ class EpConfig:
             ``"two_stage"`` sends a token once per rank and fans it out there; ``"auto"`` takes what moves
             fewer bytes through the slowest link, which is ``"direct"`` inside one machine's or GPU's memory. In two
             stages a rank's sum for a token crosses rounded to the rows' dtype.
-        num_sms: SMs that communication kernels may use. None: this rank's share of its GPU, at most 24, or 16 where
-            rows take two stages among more than two GPUs. No effect on the CPU backends.
+        num_sms: SMs that communication kernels may use. None: this rank's share of its GPU, at most 24; at most 16
+            for dispatch and combine, of any layout, of a buffer whose expert-major rows take two stages among more
+            than two GPUs. No effect on the CPU backends.
         local_sms: SMs of kernels that stay on a GPU, as two stages have: rows written to their experts' places after
             they have crossed, and summed before they cross back. Where each rank has a GPU of its own they run beside
             those of ``num_sms``, on SMs that these leave: of the whole GPU for sums, of half of it for a dispatch;

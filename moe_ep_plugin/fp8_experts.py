@@ -25,6 +25,7 @@ from .fp8 import Fp8Rows, Fp8Tiles, check_counts, quantize_columns, quantize_row
 
 WeightBlock = Literal["128x128", "1x128"]
 Gradients = Literal["training", "fp8"]
+Keep = Literal["rows", "columns"]
 Engine = Literal["auto", "te", "torch"]
 
 logger = logging.getLogger(__name__)
@@ -42,9 +43,14 @@ class Fp8Recipe:
             forward. ``"fp8"``: output gradients are quantised (e4m3), by row for the input's gradient and by column
             for the weights', where the input is quantised again by column.
         delay_weight_grad: Weight gradients are left to ``backward_dw()``; until then the layers keep the received
-            rows and the output gradients.
+            rows, which must not be changed, and the output gradients.
         engine: ``"te"``: TransformerEngine's GEMMs, on GPUs. ``"torch"``: emulated. ``"auto"``: the former for rows on
             a GPU where TransformerEngine is installed, unless weights are fp32; else the latter, which is logged once.
+        keep: What is kept of dispatched rows for weight gradients with ``gradients="fp8"`` on TransformerEngine.
+            ``"rows"``: the rows as they came, from which a backward makes columns; they stay in leased memory, as
+            unquantised ones of other experts do, and must not be changed until then. ``"columns"``: those, made in
+            forward, after which the lease goes back: for models with more layers in flight than ``pool_bytes`` has
+            room for. The same bits.
     """
 
     power_of_two_scales: bool = True
@@ -52,9 +58,15 @@ class Fp8Recipe:
     gradients: Gradients = "training"
     delay_weight_grad: bool = False
     engine: Engine = "auto"
+    keep: Keep = "rows"
 
     def __post_init__(self) -> None:
-        for name, kind in (("weight_block", WeightBlock), ("gradients", Gradients), ("engine", Engine)):
+        for name, kind in (
+            ("weight_block", WeightBlock),
+            ("gradients", Gradients),
+            ("engine", Engine),
+            ("keep", Keep),
+        ):
             value, known = getattr(self, name), get_args(kind)
             if value not in known:
                 raise ConfigError.of(name, repr(value), f"it must be one of {known}", "choose one of these")

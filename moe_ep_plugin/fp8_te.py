@@ -2,7 +2,7 @@
 
 Dispatched rows enter the forward GEMM as they arrived: their codes are not copied, only their scales are put in the
 order that the GEMM reads. What the weight gradient needs, the rows quantised by column, one kernel makes from what
-arrived when that gradient is computed: a forward does not wait for it, and a delayed gradient takes it along.
+arrived: when that gradient is computed, so that a forward does not wait for it, or in forward (``Fp8Recipe.keep``).
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ class GroupedLinear(torch.autograd.Function):
         recipe, total, dtype = layer.recipe, sum(counts), weights[0].dtype
         needs_input, needs_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:])
         # Unquantised rows: by row and by column in one kernel, after which they are not kept.
-        by_columns = needs_weights and recipe.gradients == "fp8" and not isinstance(rows, Fp8Rows)
+        makes_columns = recipe.keep == "columns" or not isinstance(rows, Fp8Rows)
+        by_columns = needs_weights and recipe.gradients == "fp8" and makes_columns
         num_rows = len(rows.data if isinstance(rows, Fp8Rows) else rows)
         out = torch.empty(num_rows, layer.out_features, dtype=dtype, device=weights[0].device)
         out[total:].zero_()
@@ -214,13 +215,19 @@ class GroupedLinear(torch.autograd.Function):
 def _by_rows(
     rows: Fp8Rows | torch.Tensor, counts: Sequence[int], layer: Fp8GroupedLinear, columnwise: bool
 ) -> list[Any]:
-    """What a forward GEMM takes for the rows of each expert; of unquantised ones by column too, if asked."""
+    """What a forward GEMM takes for the rows of each expert; quantised by column too, if asked."""
     dtype, by = layer.weight(0).dtype, _input_quantizer(layer, columnwise=columnwise)
     if not isinstance(rows, Fp8Rows):
         return _te.split_quantize(rows[: sum(counts)].detach().contiguous(), counts, by)
+    columns: Sequence[Any] = [None] * len(counts)
+    if columnwise:
+        columns = fp8_kernels.columns(rows, counts, power_of_two=layer.recipe.power_of_two_scales)
     codes = split_rows(rows.codes, counts)
     scales = fp8_kernels.transposed_scales(rows, counts)
-    return [_te.operand(rows=each, columns=None, dtype=dtype, made_by=by) for each in zip(codes, scales, strict=True)]
+    return [
+        _te.operand(rows=(code, scale), columns=column, dtype=dtype, made_by=by)
+        for code, scale, column in zip(codes, scales, columns, strict=True)
+    ]
 
 
 def _by_columns(rows: Fp8Rows, counts: Sequence[int], layer: Fp8GroupedLinear) -> list[Any]:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_ep_plugin import ConfigError, Fp8GroupedExperts, Fp8Recipe, Fp8Rows, _te, fp8_experts
 from moe_ep_plugin.fp8 import quantize_columns, quantize_rows, split_rows, stand_in
-from moe_ep_plugin.fp8_experts import Engine, Fp8GroupedLinear, Gradients, WeightBlock
+from moe_ep_plugin.fp8_experts import Engine, Fp8GroupedLinear, Gradients, Keep, WeightBlock
 
 from .cases import relative
 from .te_stand_in import StandIn
@@ -218,23 +218,37 @@ def test_only_what_a_gradient_needs_is_made(te: StandIn, gradients: Gradients, i
         assert [operand.rowwise[0].data_ptr() for operand in operands] == starts
 
 
+@pytest.mark.parametrize("keep", ["rows", "columns"])
 @pytest.mark.parametrize("quantised", [True, False])
 @both_gradients
-def test_what_is_kept_for_a_backward(te: StandIn, gradients: Gradients, quantised: bool) -> None:
-    """Received rows, as they came; of unquantised ones, with "fp8", their columns. Nothing after it."""
+def test_what_is_kept_for_a_backward(te: StandIn, gradients: Gradients, quantised: bool, keep: Keep) -> None:
+    """Received rows, as they came, or with "fp8" their columns; of unquantised rows always those. Nothing after it."""
     x, dy = EXACT
-    layer, rows = make_layer(gradients=gradients), dispatched(x) if quantised else x.clone()
+    layer = make_layer(gradients=gradients, keep=keep)
+    rows = dispatched(x) if quantised else x.clone()
+    in_columns = gradients == "fp8" and (keep == "columns" or not quantised)
     received = (rows.data, rows.scale) if isinstance(rows, Fp8Rows) else (rows,)
     storages = [StorageWeakRef(values.untyped_storage()) for values in received]
     y = layer(rows, COUNTS)
-    assert {operand.columnwise is not None for operand in te.gemms[0].b} == {gradients == "fp8" and not quantised}
+    assert {operand.columnwise is not None for operand in te.gemms[0].b} == {in_columns}
     te.gemms.clear()
     del rows, received
-    assert {storage.expired() for storage in storages} == {gradients == "fp8" and not quantised}
+    assert {storage.expired() for storage in storages} == {in_columns}
     y.backward(dy)
     assert layer.weight(2).grad is not None
     te.gemms.clear()
     assert all(storage.expired() for storage in storages)
+
+
+@pytest.mark.parametrize("delayed", [False, True])
+def test_rows_and_columns_kept_give_the_same_bits(te: StandIn, delayed: bool) -> None:
+    x, dy = ROUNDED
+    found = []
+    for keep in ("rows", "columns"):
+        layer = make_layer(gradients="fp8", keep=keep, delay_weight_grad=delayed)
+        found.append(run(layer, dispatched(x), dy))
+        assert len(found[-1]) == 2 + len(COUNTS)
+    assert_equal(found[0], found[1])
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -252,7 +252,8 @@ Pipeline Communicator::reduce_pipeline(int num_sources, int most_entries, bool p
 // A token's experts are spread over ranks: most have few rows here, some all. With room for all of them in every stage
 // most of the ring would be empty.
 Pipeline Communicator::first_reduce_pipeline(int stage_rows, std::int64_t row_bytes) const {
-  return fit_reduce(num_ranks(), stage_rows, row_bytes > kReduceChunk ? kWideReduceChunk : kReduceChunk, kWarps);
+  const bool wide = has_bulk_ && row_bytes > kReduceChunk;
+  return fit_reduce(num_ranks(), stage_rows, wide ? kWideReduceChunk : kReduceChunk, kWarps);
 }
 
 int Communicator::rows_at_once(int topk) const { return std::min(tuned_rows_ > 0 ? tuned_rows_ : 3, topk); }

@@ -255,7 +255,7 @@ class Communicator {
   bool overlaps_stages() const;
   // SMs for a stage that stays on this GPU beside one of `num_sms` that does not, on another stream; 0: one after the
   // other. Only for so many `bytes` of rows that this is worth the host's time, and within `share` of this rank's SMs:
-  // where one stage waits for the other, both must find room.
+  // where one stage waits for the other, both must find room. And only if that leaves half of `local_sms` or more.
   int sms_beside(int num_sms, int local_sms, std::size_t bytes, double share) const;
   // Of a combine: about sixteen parts where all tokens come that can; of fewer, as many rows as are worth telling.
   std::int32_t rows_in_part_log2() const;

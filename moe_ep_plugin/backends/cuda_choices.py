@@ -27,7 +27,7 @@ def default_num_sms(device_sms: int, ranks_on_device: int, *, staged_gpus: int =
     Args:
         device_sms: SMs of its GPU.
         ranks_on_device: Ranks on it.
-        staged_gpus: Of an operation in two stages, GPUs that take part; else 0.
+        staged_gpus: For dispatch and combine of a buffer of two stages, GPUs that take part; else 0.
     """
     most = _MOST_STAGED_SMS if staged_gpus > 2 else _MOST_USEFUL_SMS
     return max(1, min(most, device_sms // ranks_on_device))

@@ -149,14 +149,14 @@ def compiled() -> Compiled:
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Any:
-    """``make(two_stage=False, **config)``: a buffer whose backend is the CUDA one on the stand-in."""
+    """``make(two_stage=False, ranks_on_device=8, gpus=1, **config)``: a buffer on the CUDA backend on the stand-in."""
     stream = Stream()
     monkeypatch.setattr(torch.cuda, "Stream", lambda *args, **kwargs: Stream())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(gpu_tensors, "_leased", lambda block, *rest: block.array(*rest))
 
-    def buffer(two_stage: bool = False, **changes: Any) -> EpBuffer:
+    def buffer(two_stage: bool = False, ranks_on_device: int = 8, gpus: int = 1, **changes: Any) -> EpBuffer:
         def connect(context: BackendContext) -> Any:
             return cuda_backend.CudaBackend(
                 context,
@@ -165,8 +165,8 @@ def make(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Any:
                 compiled,
                 device=torch.device("cpu"),
                 two_stage=two_stage,
-                ranks_on_device=8,
-                gpus=1,
+                ranks_on_device=ranks_on_device,
+                gpus=gpus,
             )
 
         monkeypatch.setitem(select._MAKERS, "host", connect)
@@ -237,6 +237,18 @@ def test_no_room_at_all_gives_zeros(make: Any, compiled: Compiled) -> None:
         out = buffer.dispatch(x, idx, weights, layout="rank", max_recv_tokens=ROWS)
     assert not out.x.any() and not out.topk_weights.any()
     assert (out.topk_idx == -1).all()
+
+
+@pytest.mark.parametrize(("two_stage", "num_sms", "expected"), [(True, None, 16), (False, None, 24), (True, 20, 20)])
+def test_sms_where_none_are_asked_for(
+    make: Any, compiled: Compiled, two_stage: bool, num_sms: int | None, expected: int
+) -> None:
+    x, idx, weights = inputs()
+    with make(two_stage=two_stage, ranks_on_device=1, gpus=4, num_sms=num_sms) as buffer:
+        out = buffer.dispatch(x, idx, weights)
+        buffer.combine(out.x, out.handle)
+    asked = [(name, passed["num_sms"]) for name, passed in compiled.calls if name in ("dispatch", "combine")]
+    assert asked == [("dispatch", expected), ("combine", expected)]
 
 
 def test_two_stages_expand_into_a_block_of_their_own(make: Any, compiled: Compiled) -> None:

@@ -104,6 +104,13 @@ def test_more_experts_than_there_is_room_for_marks(ranks):
     assert ranks(2).run(run_case, case, (PLACE, TWIN), 2) == [4] * 2
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_more_rows_than_the_l2_cache_holds(ranks, in_place):
+    # Own rows that are in place are then asked for while others are awaited.
+    case = replace(DENSE, num_experts=12, num_topk=8, hidden=16384, tokens_per_rank=256, numbers="integer")
+    assert ranks(3).run(run_case, replace(case, in_place=in_place, async_op=False), (PLACE,), 2) == [2] * 3
+
+
 def gathered_and_not(seed: int) -> int:
     """The same dispatches with scales gathered by expert and with scales sent with their rows; returns how many."""
     pick = torch.Generator().manual_seed(seed)

@@ -44,10 +44,14 @@ TOKENS, WIDTH, EXPERTS, TOPK = 150, 136, 11, 4
 SMS = {"num_sms": 8, "local_sms": 8}
 
 
-def staged(together: bool, **changes: Any) -> EpBuffer:
-    """A buffer of two stages, which run at the same time or one after the other."""
+def staged(together: bool, *, reduce_rows: int = 0, **changes: Any) -> EpBuffer:
+    """A buffer of two stages, which run at the same time or one after the other.
+
+    ``reduce_rows``: of a token, that are summed at a time; 0: as the product does.
+    """
     buffer = EpBuffer(None, make_config(**({"expand": "two_stage"} | SMS | changes)))
-    buffer._backend.communicator.tune(overlap_stages=1 if together else -1)  # type: ignore[attr-defined]
+    communicator = buffer._backend.communicator  # type: ignore[attr-defined]
+    communicator.tune(overlap_stages=1 if together else -1, reduce_rows=reduce_rows)
     return buffer
 
 
@@ -74,9 +78,12 @@ def results(buffer: EpBuffer, step: int) -> list[torch.Tensor]:
 
 
 def together_and_apart(steps: int, changes: dict[str, Any]) -> int:
+    """Of one of the two buffers all rows of a token are summed at a time."""
     mistakes = Mistakes()
-    settings = {"hidden": WIDTH, "dtype": torch.bfloat16, "num_topk": TOPK, "num_experts": EXPERTS} | changes
-    with staged(True, **settings) as both, staged(False, **settings) as one_by_one:
+    settings: dict[str, Any] = {"hidden": WIDTH, "dtype": torch.bfloat16, "num_topk": TOPK, "num_experts": EXPERTS}
+    settings |= changes
+    whole = settings | {"reduce_rows": TOPK}
+    with staged(True, **settings) as both, staged(False, **whole) as one_by_one:
         communicator = both._backend.communicator  # type: ignore[attr-defined]
         assert communicator.stage_stream(num_sms=8, local_sms=8, bytes=0) != 0
         # More than the GPU has room for beside each other: one after the other, whatever other ranks do.
@@ -103,6 +110,9 @@ def together_and_apart(steps: int, changes: dict[str, Any]) -> int:
         (2, {"num_sms": 1, "local_sms": 1}),
         (2, {"hidden": 8}),
         (3, {"pool_bytes": 1}),
+        (1, {"reduce_rows": 1}),
+        (3, {"reduce_rows": 1, "hidden": 1416}),
+        (2, {"reduce_rows": 2, "hidden": 1024}),
     ],
 )
 def test_both_stages_at_once_give_the_bits_of_one_after_the_other(ranks, num_ranks, changes):
@@ -261,7 +271,7 @@ def test_sums_that_do_not_come_are_waited_for_in_vain(ranks):
 
 def dies_at_work(victim: int, after_s: float) -> tuple[Raised | None, bool]:
     """Layers large enough to be told in parts, one after the other, until a rank ends in the middle of one."""
-    count, hidden, experts, topk = 2048, 2048, 32, 8
+    count, hidden, experts, topk = 4096, 4096, 32, 8
     config = make_config(
         hidden=hidden,
         dtype=torch.bfloat16,
@@ -273,8 +283,9 @@ def dies_at_work(victim: int, after_s: float) -> tuple[Raised | None, bool]:
     x = integers(dist.get_rank(), count, hidden).bfloat16().to(DEVICE)
     idx = torch.rand(count, experts, device=DEVICE).topk(topk, dim=1).indices
     buffer = EpBuffer(None, config)
-    # Ranks with a GPU each do it so by themselves.
-    assert buffer._backend.communicator.stage_stream(num_sms=16, local_sms=64, bytes=1 << 30) != 0  # type: ignore[attr-defined]
+    # Ranks with a GPU each do it so by themselves: half of the tokens' rows are more than enough.
+    communicator = buffer._backend.communicator  # type: ignore[attr-defined]
+    assert communicator.stage_stream(num_sms=16, local_sms=64, bytes=x.nbytes) != 0
 
     def layer() -> None:
         out = buffer.dispatch(x, idx)
