@@ -293,7 +293,7 @@ int Communicator::sms_beside(int num_sms, int local_sms, std::size_t bytes, doub
   const int left = static_cast<int>(share * num_device_sms_ / options_.ranks_on_device) - most_blocks(num_sms);
   const int wanted = most_blocks(local_sms);
   // With a few it would take longer than after the other stage with all of them.
-  return 2 * left < wanted ? 0 : std::clamp(left, 0, wanted);
+  return 2 * left < wanted ? 0 : std::min(left, wanted);
 }
 
 std::int32_t Communicator::rows_in_part_log2() const {

@@ -200,7 +200,7 @@ class CudaBackend(CudaLowLatency, HeapBackend):
             power_of_two=config.power_of_two_scales,
             routing=state.routing,
             routing_memory=state.memory.data_ptr(),
-            num_sms=self._sms(request.num_sms) or self._default_sms,
+            num_sms=self._crossing_sms(request.num_sms),
             stream=run.cuda_stream,
             home=home.cuda_stream,
         )
@@ -256,7 +256,7 @@ class CudaBackend(CudaLowLatency, HeapBackend):
             values=address_of(request.row_values),
             out=out.data_ptr(),
             values_out=address_of(values) or 0,
-            num_sms=self._sms(request.num_sms) or self._default_sms,
+            num_sms=self._crossing_sms(request.num_sms),
             local_sms=self._local_sms(request.num_sms),
             stream=run.cuda_stream,
             home=home.cuda_stream,
@@ -296,6 +296,10 @@ class CudaBackend(CudaLowLatency, HeapBackend):
             return 0
         check_sms(asked, self._device_sms, self._ranks_on_device)
         return asked
+
+    def _crossing_sms(self, asked: int | None) -> int:
+        """SMs of a dispatch or combine that asks for ``asked``."""
+        return self._sms(asked) or self._default_sms
 
     def _local_sms(self, asked: int | None) -> int:
         """SMs of what stays on the GPU, in a call that asks for ``asked`` SMs."""
@@ -397,8 +401,7 @@ class CudaBackend(CudaLowLatency, HeapBackend):
         """Stage two: the block of the rows returned, a lease or bytes."""
         communicator = self._connected()
         # While the dispatch goes on, if that is possible; a lease of another stream is none of a capture's.
-        num_sms = self._sms(request.num_sms) or self._default_sms
-        local_sms, stage = self._local_sms(request.num_sms), 0
+        num_sms, local_sms, stage = self._crossing_sms(request.num_sms), self._local_sms(request.num_sms), 0
         if result.data != 0 and not torch.cuda.is_current_stream_capturing():
             stage = communicator.stage_stream(num_sms=num_sms, local_sms=local_sms, bytes=result.offsets[-1])
         lease = communicator.lease(max(1, total), stream=stage or run.cuda_stream, home=home.cuda_stream)
